@@ -1,0 +1,72 @@
+"""(Spec, flat params) <-> Flax NNX modules. The one file that knows NNX's internals.
+
+`shapes(spec)` is the only authority on names and shapes: every parameter is checked against it here, because
+`nnx.merge` accepts wrong shapes silently.
+"""
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Mapping
+
+import jax
+from flax import nnx
+
+from jaxslim.slim import Slim
+from jaxslim.spec import Spec, SpecError
+
+FAMILIES = {"wav2vec2": "wav2vec2", "hubert": "wav2vec2"}  # model_type -> module in jaxslim.models with build(spec)
+AUXILIARY = ("aux.", "teacher/")                           # training-only names; not part of the model
+
+
+@functools.lru_cache(maxsize=64)
+def _skeleton(spec: Spec):
+    if spec.family not in FAMILIES:
+        raise SpecError(f"Model family {spec.family!r} is not supported; supported are {sorted(FAMILIES)}.")
+    module = importlib.import_module(f"jaxslim.models.{FAMILIES[spec.family]}").build(spec)
+    graphdef, state = nnx.split(module)
+    paths = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
+    return graphdef, paths
+
+
+@functools.lru_cache(maxsize=64)
+def shapes(spec: Spec) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """Name -> shape and dtype of every parameter of a model with this Spec, in sorted order."""
+    _, paths = _skeleton(spec)
+    return {name: paths[name][1].get_value() for name in sorted(paths)}
+
+
+def check(spec: Spec, params: Mapping[str, jax.Array], where: str = "params") -> None:
+    """Raises SpecError that lists missing, unexpected and misshapen parameters."""
+    want = shapes(spec)
+    have = {k: v for k, v in params.items() if not k.startswith(AUXILIARY)}
+    problems = [f"missing {k} {want[k].shape}" for k in want if k not in have]
+    problems += [f"unexpected {k} {tuple(have[k].shape)}" for k in have if k not in want]
+    problems += [f"misshapen {k}: {tuple(have[k].shape)}, expected {want[k].shape}"
+                 for k in want if k in have and tuple(have[k].shape) != want[k].shape]
+    if problems:
+        more = f" ... and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise SpecError(f"{where} does not fit the {spec.family} model of its Spec: {'; '.join(problems[:8])}{more}.")
+
+
+def bind(spec: Spec, params: Mapping[str, jax.Array]) -> nnx.Module:
+    """The NNX module of `spec` holding `params`. Used inside a trace; do not keep it between training steps."""
+    check(spec, params)
+    graphdef, paths = _skeleton(spec)
+    return nnx.merge(graphdef, nnx.from_flat_state(
+        [(path, leaf.replace(params[name])) for name, (path, leaf) in paths.items()]))
+
+
+def to_flax(model: Slim) -> nnx.Module:
+    """A live NNX module with the model's parameters, for people with a training loop of their own."""
+    module = bind(model.spec, model.params)
+    module.spec = model.spec
+    return module
+
+
+def from_flax(module: nnx.Module) -> Slim:
+    """The Slim of a module that came from `to_flax`, with the module's present parameters."""
+    params = {".".join(map(str, path)): leaf.get_value()
+              for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param))}
+    check(module.spec, params, "The module")
+    return Slim(module.spec, params)

@@ -1,0 +1,176 @@
+"""Spec: the shape of a model, as data.
+
+A `Spec` is the Hugging Face config as read, the family and head it was read for, and `blocks`: only what differs
+from that config, keyed by block id (`frontend.1`, `encoder.3.attention`, `encoder.3.ffn`). It is what `config.json`
+stores under the key `jaxslim`, it hashes by its canonical JSON, and it is the only authority on shapes: parameters
+are checked against it, never the other way round.
+"""
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+VERSION = 1
+
+# The fields a block of each kind may carry. A kind is the last word of the block id without its number.
+LINEARS = {"attention": ("q", "k", "v", "o"), "ffn": ("up", "down")}
+FIELDS = {
+    "frontend": {"channels"},
+    "attention": {"mixer", "options", "heads", "qk_dim", "v_dim", "scale", "lora", *(f"{r}_rank" for r in "qkvo")},
+    "ffn": {"units", "up_rank", "down_rank", "lora"},
+}
+MIXERS = {"softmax": {}, "hedgehog": {"features": 64, "window": 0}}
+
+
+class SpecError(ValueError):
+    """A Spec that cannot be built; says which block and field and what would be accepted."""
+
+
+def nearest(word: str, choices) -> str:
+    """' Did you mean X?' or '' for error messages."""
+    close = difflib.get_close_matches(word, [str(c) for c in choices], n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+class Attention(NamedTuple):
+    """Resolved fields of an attention block. `heads` index the heads of the original model."""
+
+    mixer: str
+    options: dict[str, Any]
+    heads: tuple[int, ...]
+    qk_dim: int     # one number a layer, shared by its heads
+    v_dim: int
+    scale: float    # stored, so that truncating qk_dim never changes it
+    ranks: dict[str, int]
+    lora: dict[str, dict]
+
+
+class FFN(NamedTuple):
+    units: int
+    ranks: dict[str, int]
+    lora: dict[str, dict]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Spec:
+    config: Mapping[str, Any]                      # as read from config.json, without the key "jaxslim"
+    family: str                                    # "wav2vec2", "hubert", ...
+    head: str = "none"                             # "none", "ctc", ...
+    blocks: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        blocks = {name: dict(fields) for name, fields in sorted(self.blocks.items()) if fields}
+        object.__setattr__(self, "blocks", blocks)
+        text = canonical({"config": dict(self.config), "family": self.family, "head": self.head, "blocks": blocks})
+        object.__setattr__(self, "json", text)
+        for name, fields in blocks.items():
+            _check_block(name, fields)
+
+    def __hash__(self):
+        return hash(self.json)
+
+    def __eq__(self, other):
+        return isinstance(other, Spec) and self.json == other.json
+
+    def __repr__(self):
+        return f"Spec({self.family}, head={self.head}, {len(self.blocks)} changed blocks)"
+
+    def __getitem__(self, key: str) -> Any:
+        """Config value; keys that an older config.json lacks come from the family's default."""
+        return self.config[key] if key in self.config else _defaults(self.family)[key]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        try:
+            return self[key]
+        except KeyError:
+            return default
+
+    def replace(self, **changes) -> Spec:
+        return dataclasses.replace(self, **changes)
+
+    def with_block(self, name: str, **fields) -> Spec:
+        """A Spec in which `name` carries `fields` too; a field given as None is dropped."""
+        merged = {k: v for k, v in {**self.blocks.get(name, {}), **fields}.items() if v is not None}
+        return self.replace(blocks={**self.blocks, name: merged})
+
+    def attention(self, name: str) -> Attention:
+        """Resolved fields of attention block `name`."""
+        b = self.blocks.get(name, {})
+        total = self["num_attention_heads"]
+        dim = self["hidden_size"] // total
+        mixer = b.get("mixer", "softmax")
+        heads = tuple(b.get("heads", range(total)))
+        if heads and (min(heads) < 0 or max(heads) >= total or len(set(heads)) != len(heads)):
+            raise SpecError(f"Block {name}: heads {list(heads)} must be different numbers from 0 to {total - 1}.")
+        return Attention(mixer, {**MIXERS[mixer], **b.get("options", {})}, heads, b.get("qk_dim", dim),
+                         b.get("v_dim", dim), b.get("scale", dim**-0.5), _ranks(b), dict(b.get("lora", {})))
+
+    def ffn(self, name: str) -> FFN:
+        b = self.blocks.get(name, {})
+        return FFN(b.get("units", self["intermediate_size"]), _ranks(b), dict(b.get("lora", {})))
+
+    def channels(self, i: int) -> int:
+        """Output channels of front-end convolution i; i = -1 is the waveform."""
+        return 1 if i < 0 else self.blocks.get(f"frontend.{i}", {}).get("channels", self["conv_dim"][i])
+
+    def to_json(self) -> dict[str, Any]:
+        """What config.json stores under the key `jaxslim` (DESIGN 3)."""
+        return {"version": VERSION, "family": self.family, "head": self.head, "blocks": self.blocks}
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> Spec:
+        """Spec of a config.json that carries the key `jaxslim`. Raises SpecError for an unknown version or key."""
+        config = dict(config)
+        ours = dict(config.pop("jaxslim"))
+        version = ours.pop("version", None)
+        if version != VERSION:
+            raise SpecError(f"config.json: key 'jaxslim' has version {version}, this release reads {VERSION}. "
+                            "Update jaxslim, or save the model again with the release that wrote it.")
+        unknown = set(ours) - {"family", "head", "blocks"}
+        if unknown:
+            raise SpecError(f"config.json: unknown keys {sorted(unknown)} under 'jaxslim'; "
+                            "was it written by a newer jaxslim?")
+        return cls(config, **ours)
+
+
+def kind(block: str) -> str:
+    """'encoder.3.attention' -> 'attention', 'frontend.1' -> 'frontend', 'encoder.3' -> 'encoder'."""
+    return next(w for w in reversed(block.split(".")) if not w.isdigit())
+
+
+def _ranks(b: Mapping[str, Any]) -> dict[str, int]:
+    return {key.removesuffix("_rank"): value for key, value in b.items() if key.endswith("_rank")}
+
+
+def _check_block(name: str, fields: Mapping[str, Any]) -> None:
+    known = FIELDS.get(kind(name))
+    if known is None:
+        raise SpecError(f"Spec: block {name!r} is none that can differ.{nearest(kind(name), FIELDS)}")
+    for key in fields:
+        if key not in known:
+            raise SpecError(f"Spec: block {name} has no field {key!r}.{nearest(key, known)}")
+    mixer = fields.get("mixer", "softmax")
+    if mixer not in MIXERS:
+        raise SpecError(f"Spec: block {name}: unknown mixer {mixer!r}; known are {sorted(MIXERS)}.")
+    for key in fields.get("options", {}):
+        if key not in MIXERS[mixer]:
+            raise SpecError(f"Spec: block {name}: mixer {mixer} has no option {key!r}.{nearest(key, MIXERS[mixer])}")
+    for key in fields.get("lora", {}):
+        if key not in LINEARS[kind(name)]:
+            raise SpecError(f"Spec: block {name}: LoRA on {key!r}; its linears are {LINEARS[kind(name)]}.")
+
+
+@functools.lru_cache
+def _defaults(family: str) -> dict[str, Any]:
+    from transformers import CONFIG_MAPPING  # lazy: 0.7 s, and only configs older than transformers 5 need it
+
+    return CONFIG_MAPPING[family]().to_dict()

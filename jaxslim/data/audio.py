@@ -1,0 +1,209 @@
+"""Audio files of any kind, rate and channel count -> float32 mono; and augmentation of the decoded wave.
+
+soundfile reads WAV, FLAC, Ogg, Opus and MP3; PyAV (FFmpeg) reads the rest (m4a, mp4, webm, ...). Both are imported at need.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import os
+from collections.abc import Callable
+
+import numpy as np
+
+from jaxslim.data.rows import DataError
+
+INSTALL = "reading audio needs soundfile: pip install jaxslim[audio]"
+LFS = b"version https://git-lfs.github.com/spec"
+
+
+class AudioError(DataError):
+    """One audio file cannot be used; the message names it and says why."""
+
+
+def load(source: bytes | str | os.PathLike, sampling_rate: int = 16000, name: str | None = None) -> np.ndarray:
+    """Decodes one clip.
+
+    Args:
+      source: the encoded file's bytes, a local path, or a URL that etils.epath opens (gs://, s3://).
+      sampling_rate: of the result, in Hz.
+      name: what to call bytes in errors; a path names itself.
+    Returns:
+      float32 (samples,), channels averaged, about -1 to 1.
+    Raises:
+      AudioError: missing, empty or corrupt file, Git LFS pointer, no samples, NaN or infinite samples.
+      ImportError: neither soundfile nor PyAV is installed.
+    """
+    data, name = _read(source, name)
+    wave, rate = _decode(data, name)
+    wave = wave.mean(axis=1, dtype=np.float32) if wave.shape[1] != 1 else wave[:, 0]  # (samples,)
+    if not wave.size:
+        raise AudioError(f"{name} holds no audio samples.")
+    if bad := int(np.count_nonzero(~np.isfinite(wave))):
+        raise AudioError(f"{name} has {bad} samples that are NaN or infinite; export the file again.")
+    return np.ascontiguousarray(resample(wave, rate, sampling_rate))
+
+
+def seconds(source: bytes | str | os.PathLike, name: str | None = None) -> float:
+    """Length of a clip in seconds, from its header where that suffices, else by decoding it. Errors as `load`."""
+    sf = _soundfile()
+    if sf is not None:
+        local = isinstance(source, (str, os.PathLike)) and "://" not in str(source)
+        try:  # a local file is not read whole only to see its header
+            info = sf.info(os.fspath(source) if local else io.BytesIO(_read(source, name)[0]))
+            if 0 < info.frames < 2**40:  # some streams say "unknown" by a huge number
+                return info.frames / info.samplerate
+        except (sf.LibsndfileError, TypeError):
+            pass
+    data, name = _read(source, name)
+    wave, rate = _decode(data, name)
+    if not len(wave):
+        raise AudioError(f"{name} holds no audio samples.")
+    return len(wave) / rate
+
+
+def resample(wave: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
+    """(samples,) at `rate` Hz -> (about samples * new_rate / rate,) float32, by soxr if installed, else scipy."""
+    if rate == new_rate:
+        return wave.astype(np.float32, copy=False)
+    try:
+        import soxr
+    except ImportError:
+        from scipy.signal import resample_poly
+
+        common = math.gcd(int(rate), int(new_rate))
+        return resample_poly(wave, new_rate // common, rate // common).astype(np.float32, copy=False)
+    return soxr.resample(wave, rate, new_rate).astype(np.float32, copy=False)
+
+
+def normalize(wave: np.ndarray) -> np.ndarray:
+    """Zero mean, unit variance over the clip (samples,), as `do_normalize` of Wav2Vec2FeatureExtractor."""
+    return ((wave - wave.mean()) / np.sqrt(wave.var() + 1e-7)).astype(np.float32, copy=False)
+
+
+def _read(source, name) -> tuple[bytes, str]:
+    if isinstance(source, (str, os.PathLike)):
+        name = name or os.fspath(source)
+        try:
+            if "://" in str(source):
+                from etils import epath
+
+                data = epath.Path(source).read_bytes()
+            else:
+                with open(source, "rb") as file:
+                    data = file.read()
+        except (OSError, ValueError) as error:  # ValueError: a path with a NUL byte, an unknown scheme
+            raise AudioError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+    else:
+        data, name = source, name or "the audio given as bytes"
+    if not len(data):
+        raise AudioError(f"{name} is empty (0 bytes).")
+    if bytes(data[: len(LFS)]) == LFS:
+        raise AudioError(f"{name} is a Git LFS pointer, not audio; run `git lfs pull` where it came from.")
+    return data, name
+
+
+def _soundfile():
+    try:
+        import soundfile
+    except ImportError:
+        return None
+    except OSError as error:  # the package is there, the C library is not
+        raise ImportError(f"soundfile finds no libsndfile ({error}); {INSTALL}") from error
+    return soundfile
+
+
+def _decode(data: bytes, name: str) -> tuple[np.ndarray, int]:
+    """-> float32 (samples, channels), rate. soundfile, then PyAV."""
+    sf, why = _soundfile(), "soundfile is not installed"
+    if sf is not None:
+        try:
+            return sf.read(io.BytesIO(data), dtype="float32", always_2d=True)
+        except (sf.LibsndfileError, TypeError) as error:  # TypeError: headerless RAW guessed from a name
+            why = str(getattr(error, "error_string", error)).rstrip(".")
+    try:
+        import av
+    except ImportError:
+        if sf is None:
+            raise ImportError(INSTALL) from None
+        raise AudioError(f"{name} is not readable as audio ({why}); if it is m4a, mp4 or webm, pip install av.") from None
+    try:
+        with av.open(io.BytesIO(data)) as container:
+            if not container.streams.audio:
+                raise AudioError(f"{name} has no audio track.")
+            stream = container.streams.audio[0]
+            planar = av.AudioResampler(format="fltp", layout=stream.layout, rate=stream.rate)
+            parts = [part.to_ndarray() for frame in container.decode(stream) for part in planar.resample(frame)]
+            parts += [part.to_ndarray() for part in planar.resample(None)]
+            rate = stream.rate
+    except (av.FFmpegError, ValueError, IndexError) as error:
+        if isinstance(error, AudioError):
+            raise
+        raise AudioError(f"{name} is not readable as audio ({why}); the file is corrupt or of an unknown kind.") from error
+    if not parts:
+        raise AudioError(f"{name} holds no audio samples.")
+    return np.concatenate(parts, axis=1).T, rate
+
+
+# ---- augmentation: callables (wave, rng) -> wave; `stretch` is the largest factor by which the length can grow ----
+
+
+@dataclasses.dataclass(frozen=True)
+class speed_perturb:
+    """Plays a clip at one of `rates`, chosen at random: 0.9 is slower, longer and lower."""
+
+    rates: tuple[float, ...] = (0.9, 1.0, 1.1)
+
+    @property
+    def stretch(self) -> float:
+        return 1.0 / min(self.rates)
+
+    def __call__(self, wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        rate = self.rates[int(rng.integers(len(self.rates)))]
+        return resample(wave, round(1000 * rate), 1000)
+
+
+@dataclasses.dataclass(frozen=True)
+class gain:
+    """Changes the level by a random number of decibels (of no effect on models that normalise each clip)."""
+
+    low: float = -6.0
+    high: float = 6.0
+    stretch: float = dataclasses.field(default=1.0, init=False)
+
+    def __call__(self, wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return wave * np.float32(10 ** (rng.uniform(self.low, self.high) / 20))
+
+
+@dataclasses.dataclass(frozen=True)
+class noise:
+    """Adds white noise at a random signal-to-noise ratio, in decibels."""
+
+    low: float = 10.0
+    high: float = 40.0
+    stretch: float = dataclasses.field(default=1.0, init=False)
+
+    def __call__(self, wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        scale = wave.std() * 10 ** (-rng.uniform(self.low, self.high) / 20)
+        return wave + rng.standard_normal(wave.shape, dtype=np.float32) * np.float32(scale)
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class compose:
+    """Several augmentations, one after another."""
+
+    steps: tuple[Callable, ...]
+
+    def __init__(self, *steps: Callable):
+        object.__setattr__(self, "steps", steps)
+
+    @property
+    def stretch(self) -> float:
+        return math.prod(getattr(step, "stretch", 1.0) for step in self.steps)
+
+    def __call__(self, wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        for step in self.steps:
+            wave = step(wave, rng)
+        return wave

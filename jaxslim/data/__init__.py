@@ -1,8 +1,8 @@
 """Speech and text data: load_rows -> Rows -> Batches (numpy, fixed shapes); nothing heavy is imported before use."""
 
-from jaxslim.data.rows import DataError, Rows, load_rows  # first: audio.AudioError is a DataError
-from jaxslim.data.audio import AudioError  # isort: skip
+from jaxslim.data.audio import AudioError
 from jaxslim.data.batch import Batches, suggest_buckets
+from jaxslim.data.rows import DataError, Rows, load_rows
 from jaxslim.data.tasks import CTCTask
 
 __all__ = ["AudioError", "Batches", "CTCTask", "DataError", "Rows", "load_rows", "suggest_buckets"]

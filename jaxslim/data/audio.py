@@ -1,6 +1,7 @@
 """Audio files of any kind, rate and channel count -> float32 mono; and augmentation of the decoded wave.
 
-soundfile reads WAV, FLAC, Ogg, Opus and MP3; PyAV (FFmpeg) reads the rest (m4a, mp4, webm, ...). Both are imported at need.
+soundfile reads WAV, FLAC, Ogg, Opus and MP3; PyAV (FFmpeg) reads the rest (m4a, mp4, webm, ...). Both are imported at
+need.
 """
 
 from __future__ import annotations
@@ -128,7 +129,9 @@ def _decode(data: bytes, name: str) -> tuple[np.ndarray, int]:
     except ImportError:
         if sf is None:
             raise ImportError(INSTALL) from None
-        raise AudioError(f"{name} is not readable as audio ({why}); if it is m4a, mp4 or webm, pip install av.") from None
+        raise AudioError(
+            f"{name} is not readable as audio ({why}); if it is m4a, mp4 or webm, pip install av."
+        ) from None
     try:
         with av.open(io.BytesIO(data)) as container:
             if not container.streams.audio:
@@ -141,7 +144,9 @@ def _decode(data: bytes, name: str) -> tuple[np.ndarray, int]:
     except (av.FFmpegError, ValueError, IndexError) as error:
         if isinstance(error, AudioError):
             raise
-        raise AudioError(f"{name} is not readable as audio ({why}); the file is corrupt or of an unknown kind.") from error
+        raise AudioError(
+            f"{name} is not readable as audio ({why}); the file is corrupt or of an unknown kind."
+        ) from error
     if not parts:
         raise AudioError(f"{name} holds no audio samples.")
     return np.concatenate(parts, axis=1).T, rate

@@ -1,4 +1,4 @@
-"""The moving parts under Batches: rows -> padded arrays, with a cache of decoded clips, and a thread that works ahead."""
+"""What moves under Batches: rows -> padded arrays, a cache of decoded clips, and a thread that works ahead."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxslim.data.rows import DataError, Rows
 
+FLOOR = 0.025  # seconds: shorter than the first frame of every wav2vec2-like front end (400 samples at 16 kHz)
 SLACK = 0.05  # seconds by which a clip may exceed its bucket (rounded durations); so much of its end is cut
 
 
@@ -84,24 +85,27 @@ class Loader:
             out["input_values"][b, : len(wave)] = self.task.inputs(wave)
             out["attention_mask"][b, : len(wave)] = 1
             if self.labels is not None:
-                labels = self.labels[int(members[self.host * local + b])]
+                labels = self.labels[int(rows[b])]
                 out["labels"][b, : len(labels)] = labels
         self.check()
         return out
 
     def _wave(self, i: int, epoch: int, samples: int) -> np.ndarray | None:
         """Decoded and augmented clip (at most samples,), or None after noting why there is none."""
+        if i in self.skipped:
+            return None
         rate = self.task.sampling_rate
         try:
             wave = self._decoded(i)
         except DataError as error:
             self.skip(i, str(error))
             return None
+        # judged before augmentation: whether a row is skipped must not depend on the epoch
+        if len(wave) < FLOOR * rate or len(wave) * self.stretch > samples + SLACK * rate:
+            self.skip(i, f"{len(wave) / rate:.3f} s of audio where its duration says {self.seconds[i]:.3f} s")
+            return None
         if self.augment is not None:
             wave = self.augment(wave, np.random.default_rng([self.seed, epoch, i]))
-        if len(wave) > samples + SLACK * rate * self.stretch:
-            self.skip(i, f"{len(wave) / rate:.2f} s of audio, but the row's duration is {self.seconds[i]:.2f} s; correct it")
-            return None
         return wave[:samples]
 
     def _decoded(self, i: int) -> np.ndarray:
@@ -137,7 +141,8 @@ class Prefetch:
         self._queue: queue.Queue = queue.Queue(depth)
         self._stop = threading.Event()
         # the thread knows the queue and the event only: a forgotten Prefetch is collected and stops its thread
-        threading.Thread(target=_run, args=(source, self._queue, self._stop), name="jaxslim-prefetch", daemon=True).start()
+        args = (source, self._queue, self._stop)
+        threading.Thread(target=_run, args=args, name="jaxslim-prefetch", daemon=True).start()
 
     def __next__(self):
         value, error = self._queue.get()

@@ -1,26 +1,22 @@
-"""A data set as an immutable sequence of rows: `load_rows` reads every kind of DATA; audio is decoded only when asked for."""
+"""A data set as an immutable sequence of rows; `load_rows` reads every kind of DATA. Audio is decoded on demand."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
 import os
-import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-ASSETS = pathlib.Path(__file__).parent.parent / "assets"
 ALIASES = {  # first match wins
     "id": ("id", "utt_id", "utterance_id", "key"),
     "audio": ("audio", "audio_filepath", "file_name", "path", "wav", "file"),
     "text": ("text", "sentence", "transcription", "transcript", "normalized_text"),
 }
-MANIFESTS = (".jsonl", ".json", ".ndjson", ".tsv", ".csv")
 
 
 class DataError(ValueError):
@@ -35,7 +31,7 @@ class Rows(Sequence):
     """
 
     def __init__(self, records: Iterable[Mapping[str, Any]], name: str = "the data"):
-        """`records` have `id`, `audio` ({"bytes", "path"}, encoded bytes, or a path), `text`; missing ones become None."""
+        """`records` have `id`, `audio` ({"bytes", "path"}, encoded bytes, or a path) and `text`, or None."""
         self.name = name
         self._records = [_tidy(i, record) for i, record in enumerate(records)]
         self._seconds: dict[int, float] = {}
@@ -104,7 +100,8 @@ class Rows(Sequence):
             digest = hashlib.sha256()
             for record in self._records:
                 audio, text = record["audio"] or {"bytes": None, "path": None}, record["text"]
-                digest.update(json.dumps([record["id"], text, record.get("label"), record.get("offset")], default=str).encode())
+                rest = [record["id"], text, record.get("label"), record.get("offset")]
+                digest.update(json.dumps(rest, default=str).encode())
                 if (data := _bytes(audio["bytes"])) is not None:
                     digest.update(hashlib.sha256(data).digest())
                 elif audio["path"] is not None:
@@ -130,9 +127,9 @@ def load_rows(data: str | os.PathLike, *, text_column: str | None = None, audio_
 
     Args:
       data: `bundled:prompts-en/train` (package data), a Parquet file, a folder with metadata.csv or metadata.jsonl (or
-        Parquet files), a JSONL, TSV or CSV manifest (NeMo and Common Voice columns are known), `hf:NAME[:CONFIG][/SPLIT]` or
-        the plain name of a Hugging Face data set. Several joined with `+`; `3*DATA` takes its rows three times an epoch.
-        Relative audio paths are relative to the manifest.
+        Parquet files), a JSONL, TSV or CSV manifest (NeMo and Common Voice columns are known), or a Hugging Face data
+        set as `hf:NAME[:CONFIG][/SPLIT]` or by its plain name. Several are joined with `+`; `3*DATA` takes its rows
+        three times an epoch. Relative audio paths are relative to the manifest.
       text_column, audio_column: names to use where the usual ones (see ALIASES) do not fit.
       limit: keep the first `limit` rows only.
     Raises:
@@ -140,10 +137,12 @@ def load_rows(data: str | os.PathLike, *, text_column: str | None = None, audio_
     """
     data = os.fspath(data)
     parts = [data] if "+" not in data or os.path.exists(data) else [part.strip() for part in data.split("+")]
+    from jaxslim.data import tables  # it needs DataError
+
     records = []
     for part in parts:
         repeat, source = (1, part) if os.path.exists(part) else _repeat(part)
-        table = _read(source)
+        table = tables.read(source)
         if not table:
             raise DataError(f"{source} has no rows.")
         records += _rename(table, source, text_column, audio_column) * repeat
@@ -161,141 +160,6 @@ def _repeat(part: str) -> tuple[int, str]:
     return int(match[1]), match[2]
 
 
-def _read(source: str) -> list[dict]:
-    """One DATA -> its rows, columns still under their own names, paths resolved."""
-    if source.startswith("bundled:"):
-        path = ASSETS / (source.removeprefix("bundled:") + ".parquet")
-        if not path.is_file():
-            known = sorted(str(p.relative_to(ASSETS).with_suffix("")) for p in ASSETS.glob("*/*.parquet"))
-            raise DataError(f"{source} is not bundled; there is {', '.join('bundled:' + name for name in known)}.")
-        return _parquet(path)
-    if source.startswith("hf:"):
-        return _hugging_face(source.removeprefix("hf:"))
-    path = _path(source)
-    kind = path.suffix.lower()
-    if path.is_dir():
-        for name in ("metadata.jsonl", "metadata.csv", "metadata.tsv"):
-            if (path / name).exists():
-                return _manifest(path / name)
-        if tables := sorted(path.glob("*.parquet")):
-            return [record for table in tables for record in _parquet(table)]
-        raise DataError(f"{source} has no metadata.csv, metadata.jsonl or Parquet files; list file_name and transcription there.")
-    if path.exists():
-        if kind == ".parquet":
-            return _parquet(path)
-        if kind in MANIFESTS:
-            return _manifest(path)
-        raise DataError(f"{source} is not a data table; expected .parquet, {', '.join(MANIFESTS)} or a folder.")
-    if kind in (".parquet", *MANIFESTS) or source.startswith((".", "/", "~")) or "://" in source:
-        raise DataError(f"{source} does not exist.")
-    return _hugging_face(source)
-
-
-def _path(source: str):
-    if "://" in source:
-        from etils import epath
-
-        return epath.Path(source)
-    return pathlib.Path(source).expanduser()
-
-
-def _parquet(path) -> list[dict]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        if "://" in str(path):
-            table = pq.read_table(pa.BufferReader(path.read_bytes()))
-        else:
-            table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        with path.open("rb") as file:
-            pointer = file.read(40).startswith(b"version https://git-lfs")
-        why = "it is a Git LFS pointer; run `git lfs pull`" if pointer else str(error).splitlines()[0].rstrip(".")
-        raise DataError(f"{path} is not a readable Parquet file: {why}.") from error
-    return _resolve(_arrow(table), path.parent)
-
-
-def _arrow(table) -> list[dict]:
-    """Structs and binaries stay Arrow scalars: views of the table, copied only when a clip is read."""
-    import pyarrow.types as types
-
-    columns = {}
-    for name in table.column_names:
-        kind, column = table.schema.field(name).type, table.column(name)
-        lazy = types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind)
-        columns[name] = list(column) if lazy else column.to_pylist()
-    return [dict(zip(columns, row)) for row in zip(*columns.values())]
-
-
-def _manifest(path) -> list[dict]:
-    try:
-        text = path.read_text(encoding="utf-8-sig") if isinstance(path, pathlib.Path) else path.read_text()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it.") from error
-    if path.suffix.lower() in (".csv", ".tsv"):
-        tab = path.suffix.lower() == ".tsv"
-        reader = csv.DictReader(text.splitlines(), delimiter="\t" if tab else ",", quoting=csv.QUOTE_NONE if tab else csv.QUOTE_MINIMAL)
-        records = list(reader)
-        for i, record in enumerate(records):
-            if None in record or None in record.values():
-                raise DataError(f"{path} line {i + 2} has not the {len(reader.fieldnames)} columns of the header line.")
-    else:
-        records = []
-        for i, line in enumerate(text.splitlines()):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path} line {i + 1} is not valid JSON ({error}); one object a line is expected.") from error
-            if not isinstance(record, dict):
-                raise DataError(f"{path} line {i + 1} is not a JSON object; one object a line is expected.")
-            records.append(record)
-    return _resolve(records, path.parent)
-
-
-def _resolve(records: list[dict], folder) -> list[dict]:
-    """Relative audio paths -> paths beside the table (Common Voice: in its clips/)."""
-    for record in records:
-        for name in ALIASES["audio"]:
-            value = record.get(name)
-            if isinstance(value, str) and value and "://" not in value and not os.path.isabs(value):
-                beside, clips = folder / value, folder / "clips" / value
-                record[name] = os.fspath(clips if not beside.exists() and clips.exists() else beside)
-    return records
-
-
-def _hugging_face(name: str) -> list[dict]:
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(f"{name} is no local file or folder; to load it from the Hugging Face Hub, pip install datasets.") from None
-    name, _, rest = name.partition(":")
-    config, _, split = rest.partition("/")
-    if not rest and not os.path.isdir(name) and name.count("/") == 2:
-        name, _, split = name.rpartition("/")
-    try:
-        table = datasets.load_dataset(name, config or None, split=split or None)
-    except Exception as error:  # many kinds: network, gated, unknown name, config or split
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise DataError(f"{name} is no local file or folder, and loading it as a Hugging Face data set failed: {reason}.") from error
-    if isinstance(table, dict):
-        if len(table) > 1:
-            raise DataError(f"{name} has several splits; write hf:{name}:{config or 'default'}/SPLIT with one of {', '.join(table)}.")
-        table = next(iter(table.values()))
-    for column, feature in table.features.items():
-        if isinstance(feature, datasets.Audio):  # its own decoding needs torchcodec
-            table = table.cast_column(column, datasets.Audio(decode=False))
-    records = _arrow(table.with_format("arrow")[:])
-    for column, feature in table.features.items():
-        if isinstance(feature, datasets.ClassLabel):
-            for record in records:
-                if record[column] is not None:
-                    record[column] = feature.int2str(record[column])
-    return records
-
-
 def _rename(records: list[dict], source: str, text_column, audio_column) -> list[dict]:
     names = list(dict.fromkeys(name for record in records for name in record))
     chosen = {}
@@ -310,7 +174,7 @@ def _rename(records: list[dict], source: str, text_column, audio_column) -> list
         raise DataError(f"{source} has neither audio nor text; expected a column {wanted}, found {', '.join(names)}.")
     taken = set(chosen.values()) | set(chosen)
     return [
-        {**{role: record.get(name) for role, name in chosen.items()}, **{k: v for k, v in record.items() if k not in taken}}
+        {role: record.get(name) for role, name in chosen.items()} | {k: v for k, v in record.items() if k not in taken}
         for record in records
     ]
 

@@ -49,7 +49,7 @@ class CTCTask:
             raise DataError("The vocabulary must map each token to its own non-negative integer.")
         for what, token in (("pad (blank)", self.pad_token), ("word delimiter", self.word_delimiter)):
             if token not in self.vocabulary:
-                raise DataError(f"The vocabulary has no {what} token {token!r}; is this the CTC model's own vocab.json?")
+                raise DataError(f"The vocabulary has no {what} token {token!r}; is it the model's own?")
         special = {self.pad_token, self.unk_token, "<s>", "</s>"}
         long = sorted((t for t in self.vocabulary if len(t) > 1 and t not in special), key=len, reverse=True)
         pieces = re.compile("|".join([*map(re.escape, long), "."]), re.DOTALL)
@@ -58,7 +58,7 @@ class CTCTask:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> CTCTask:
-        """Reads vocab.json, tokenizer_config.json and preprocessor_config.json (or processor_config.json) of a HF folder.
+        """Reads vocab.json, tokenizer_config.json, preprocessor_config.json or processor_config.json of a HF folder.
 
         Raises:
           DataError: a file is missing or broken, or the vocabulary does not fit the model's config.json.
@@ -84,7 +84,8 @@ class CTCTask:
             )
         size = (_json(folder, "config.json") or {}).get("vocab_size")
         if size is not None and vocabulary and max(vocabulary.values(), default=0) >= size:
-            raise DataError(f"{folder}/vocab.json has ids up to {max(vocabulary.values())}, but the model has {size} outputs.")
+            top = max(vocabulary.values())
+            raise DataError(f"{folder}/vocab.json has ids up to {top}, but the model has {size} outputs.")
 
         def token(name, default):  # a string, or the dict of an AddedToken
             value = tokenizer.get(name, default)
@@ -123,11 +124,13 @@ class CTCTask:
             unknown = tuple(sorted({piece for piece, i in zip(pieces, ids) if i is None}))
             shown = " ".join(map(repr, unknown[:20]))
             short = text if len(text) <= 60 else text[:57] + "..."
-            raise VocabularyError(f"characters outside the vocabulary: {shown} in {short!r}; change or normalise the text", unknown)
+            raise VocabularyError(
+                f"characters outside the vocabulary: {shown} in {short!r}; normalise the text", unknown
+            )
         return np.array(ids, np.int32)
 
     def decode(self, ids: Iterable[int], collapse: bool = True) -> str:
-        """Ids -> text; `collapse` merges repeats (CTC frames), without it labels come back. Negative ids are padding."""
+        """Ids -> text; `collapse` merges repeats (CTC frames); for labels leave it off. Negative ids are padding."""
         tokens = [self._tokens.get(int(i), self.unk_token) for i in ids if i >= 0]
         if collapse:
             tokens = [token for token, _ in itertools.groupby(tokens)]

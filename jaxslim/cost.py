@@ -1,0 +1,202 @@
+"""Exact parameter and MAC counts of a Spec, without building the model.
+
+`macs` counts by formula what `traced_macs` counts in the program itself: every multiply-accumulate of a matrix product
+(`dot_general`) or convolution. The two are equal for any Spec and any audio length; tests hold them to it. Elementwise
+work (norms, softmax, activations, weight norm, sums over time) is not counted. A tap of a convolution that reads its
+zero padding counts like any other, because the program computes it.
+"""
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from jaxslim.models import bind
+from jaxslim.models.roles import blocks, prefix, roles
+from jaxslim.slim import Slim
+from jaxslim.spec import Spec, SpecError, kind
+
+SAMPLING_RATE = 16000  # of every model of this release
+REST = {"projection": "feature_projection.", "positional": "encoder.pos_conv_embed."}  # parts that are no block
+
+
+class Macs(NamedTuple):
+    """Multiply-accumulates of one forward pass."""
+
+    total: int
+    blocks: dict[str, int]  # block id, 'projection', 'positional' -> MACs; empty when counted `as_run`
+
+
+def params(spec: Spec) -> int:
+    """Number of floats in a model with this Spec; tied parameters count once."""
+    return sum(params_by_block(spec).values())
+
+
+def params_by_block(spec: Spec) -> dict[str, int]:
+    """Block id -> parameters, front to back, with 'projection', 'positional' and 'other' (the encoder's own norm, the
+    mask embedding). Norms inside a transformer layer count with the sub-layer that roles.py gives them to."""
+    owners = {roles(spec, b).get(role): b for b in blocks(spec) for role in ("owner", "norm")}
+    owners |= {prefix(spec) + name.rstrip("."): part for part, name in REST.items()}
+    table = dict.fromkeys(_parts(spec), 0)
+    for name, leaf in bind.shapes(spec).items():
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            ends = (i for i, c in enumerate(name) if c == ".")
+            part = next((owners[name[:i]] for i in ends if name[:i] in owners), "other")
+            table[part] = table.get(part, 0) + math.prod(leaf.shape)
+    return table
+
+
+def macs(spec: Spec, seconds: float = 10.0, batch: int = 1, *, as_run: bool = False) -> Macs:
+    """MACs of one forward pass over `batch` clips of `seconds` s.
+
+    Args:
+      as_run: count the program that the CPU runs (blocked attention, convolutions as written for speed) by tracing it;
+        then there is only a total. Otherwise the formula, which equals the plain program's count.
+    Raises:
+      ValueError: the audio is shorter than one frame. SpecError: the family has no formula.
+    """
+    frames = _lengths(spec, seconds)  # also the check of `seconds`
+    if as_run:
+        return Macs(traced_macs(spec, seconds, batch, attention="blocked"), {})
+    if spec.family not in FORMULAS:
+        raise SpecError(f"MACs: no formula for family {spec.family!r}; known are {sorted(FORMULAS)}.")
+    table = {block: batch * n for block, n in FORMULAS[spec.family](spec, frames)}
+    return Macs(sum(table.values()), table)
+
+
+def per_layer_rows(spec: Spec, seconds: float = 10.0) -> list[dict[str, Any]]:
+    """One row a block, front to back: {block, changes, params, macs}; `changes` is what differs from the config."""
+    counts, sizes = macs(spec, seconds).blocks, params_by_block(spec)
+    return [{"block": b, "changes": dict(spec.blocks.get(b, {})), "params": sizes.get(b, 0), "macs": counts.get(b, 0)}
+            for b in dict.fromkeys([*_parts(spec), *sizes])]
+
+
+def per_layer_table(spec: Spec, seconds: float = 10.0):
+    """`per_layer_rows` as a rich.Table with shares of the total, for `jaxslim info MODEL`."""
+    from rich.table import Table
+
+    table = Table(title=f"{spec.family}, {seconds:g} s of audio, batch 1")
+    for column in ("block", "params", "%", "MMACs", "%", "changes"):
+        table.add_column(column, justify="left" if column in ("block", "changes") else "right")
+    rows = per_layer_rows(spec, seconds)
+    p, m = sum(r["params"] for r in rows), sum(r["macs"] for r in rows)
+    for r in [*rows, {"block": "total", "params": p, "macs": m, "changes": {}}]:
+        changes = ", ".join(f"{k}={v}" for k, v in r["changes"].items())
+        table.add_row(r["block"], f"{r['params']:,}", f"{100 * r['params'] / p:.1f}", f"{r['macs'] / 1e6:,.1f}",
+                      f"{100 * r['macs'] / m:.1f}", changes, end_section=r is rows[-1])
+    return table
+
+
+def traced_macs(spec: Spec, seconds: float = 10.0, batch: int = 1, *, attention: str = "dense") -> int:
+    """MACs of the program that `Slim.__call__` runs, counted in its jaxpr; nothing is computed.
+
+    Args:
+      attention: "dense" is the plain program, "blocked" the one for long audio on CPU.
+    """
+    _lengths(spec, seconds)
+    wave = jax.ShapeDtypeStruct((batch, _samples(seconds)), jnp.float32)
+    forward = functools.partial(_forward, attention=attention)
+    return jaxpr_macs(jax.make_jaxpr(forward)(Slim(spec, dict(bind.shapes(spec))), wave))
+
+
+def jaxpr_macs(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> int:
+    """MACs of all dot_general and conv_general_dilated in a jaxpr, inner programs included.
+
+    Raises:
+      ValueError: a matrix product under `while` (no known trip count), or branches of `cond` that differ.
+    """
+    total = 0
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name, p = eqn.primitive.name, eqn.params
+        if name == "dot_general":
+            (contract, _), _ = p["dimension_numbers"]
+            total += eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[i] for i in contract)
+        elif name == "conv_general_dilated":
+            _, rhs, _ = p["dimension_numbers"]  # (out, in / groups, *window)
+            total += eqn.outvars[0].aval.size * math.prod(eqn.invars[1].aval.shape[i] for i in rhs[1:])
+        elif inner := [jaxpr_macs(j) for j in _inner(p)]:
+            if name == "while" and any(inner) or name == "cond" and len(set(inner)) > 1:
+                raise ValueError(f"MACs: the work of a `{name}` depends on data, so it cannot be counted.")
+            total += p["length"] * inner[0] if name == "scan" else inner[0] if name == "cond" else sum(inner)
+    return total
+
+
+def _inner(parameters: dict[str, Any]) -> Iterator[core.ClosedJaxpr | core.Jaxpr]:
+    for value in parameters.values():
+        for v in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(v, (core.ClosedJaxpr, core.Jaxpr)):
+                yield v
+
+
+def _forward(model: Slim, wave: jax.Array, attention: str):
+    out = model(input_values=wave, attention=attention)
+    return out.last_hidden_state if out.logits is None else out.logits
+
+
+def _parts(spec: Spec) -> list[str]:
+    """Blocks and the two parts that are none, front to back."""
+    ids = blocks(spec)
+    front = [b for b in ids if kind(b) == "frontend"]
+    return [*front, *REST, *ids[len(front):]]
+
+
+def _samples(seconds: float) -> int:
+    return round(seconds * SAMPLING_RATE)
+
+
+def _lengths(spec: Spec, seconds: float) -> list[int]:
+    """Frames after each front-end convolution. Raises ValueError when none is left."""
+    lengths, n = [], _samples(seconds)
+    for kernel, stride in zip(spec["conv_kernel"], spec["conv_stride"], strict=True):
+        n = (n - kernel) // stride + 1
+        if n < 1:
+            raise ValueError(f"{seconds:g} s of audio is shorter than one frame of this model.")
+        lengths.append(n)
+    return lengths
+
+
+def _wav2vec2(spec: Spec, lengths: list[int]) -> Iterator[tuple[str, int]]:
+    """(block, MACs) of a wav2vec2 or HuBERT model for one clip; `lengths` from `_lengths`."""
+    width, last = spec["hidden_size"], len(lengths) - 1
+    for i, n in enumerate(lengths):
+        yield f"frontend.{i}", n * spec.channels(i) * spec.channels(i - 1) * spec["conv_kernel"][i]
+    T = lengths[-1]
+    yield "projection", T * spec.channels(last) * width
+    group = width // spec["num_conv_pos_embedding_groups"]
+    yield "positional", T * width * group * spec["num_conv_pos_embeddings"]
+    for i in range(spec["num_hidden_layers"]):
+        yield f"encoder.{i}.attention", _attention(spec, f"encoder.{i}.attention", T)
+        f = spec.ffn(f"encoder.{i}.ffn")
+        yield f"encoder.{i}.ffn", T * (_linear(width, f.units, f, "up") + _linear(f.units, width, f, "down"))
+    if spec.head != "none":
+        yield "head", T * width * spec["vocab_size"]
+
+
+def _attention(spec: Spec, block: str, T: int) -> int:
+    a, width = spec.attention(block), spec["hidden_size"]
+    heads = len(a.heads)
+    qk, v = heads * a.qk_dim, heads * a.v_dim
+    projections = sum(_linear(*dims, a, role) for role, dims in
+                      {"q": (width, qk), "k": (width, qk), "v": (width, v), "o": (v, width)}.items())
+    if a.mixer == "softmax":
+        return T * projections + T * T * (qk + v)                    # scores, weighted sum
+    if a.mixer == "hedgehog":
+        features = a.options["features"]
+        return T * (projections + 2 * features * (qk + 2 * v))       # phi(q) and phi(k); state and its read-out
+    raise SpecError(f"MACs: no formula for mixer {a.mixer!r} of block {block}.")
+
+
+def _linear(din: int, dout: int, block, role: str) -> int:
+    """MACs a frame of the linear `role`; `block` is a resolved Attention or FFN."""
+    if not din or not dout:  # a block without heads or units keeps only a bias
+        return 0
+    rank, lora = block.ranks.get(role), block.lora.get(role)
+    return (din * dout if rank is None else rank * (din + dout)) + (lora["rank"] * (din + dout) if lora else 0)
+
+
+FORMULAS = {"wav2vec2": _wav2vec2, "hubert": _wav2vec2}

@@ -1,0 +1,474 @@
+"""Hugging Face folder or hub id <-> Slim: config.json and safetensors in, the same out, strict about every name.
+
+A model is named by `bundled:NAME`, a local folder (or `gs://...`), or a hub id `org/name[@revision]`. What is read is
+checked against `models.bind.shapes`: missing, unexpected or misshapen weights are an error that lists them, except for
+the few names in LEFTOVERS and OPTIONAL. What is written opens in `transformers` as long as no block differs from the
+config.
+"""
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  (gives numpy, and with it safetensors, bfloat16)
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from jaxslim import __version__
+from jaxslim.models import bind
+from jaxslim.models.roles import PREFIX
+from jaxslim.slim import Slim
+from jaxslim.spec import Spec, SpecError, nearest
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+SHARD = r"model-\d+-of-\d+\.safetensors"
+CARRIED = ("vocab.json", "vocab.txt", "merges.txt", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+           "special_tokens_map.json", "added_tokens.json", "normalizer.json", "preprocessor_config.json",
+           "processor_config.json", "generation_config.json", "LICENSE", "NOTICE")  # go from a source folder along
+OURS = (*CARRIED, CONFIG, WEIGHTS, "stage.json", "parity.json")  # files of a saved folder that a new save replaces
+
+# architecture -> (family, head). The first of each (family, head) is what is written.
+ARCHITECTURES = {
+    "Wav2Vec2ForCTC": ("wav2vec2", "ctc"), "Wav2Vec2Model": ("wav2vec2", "none"),
+    "Wav2Vec2ForPreTraining": ("wav2vec2", "none"),
+    "HubertForCTC": ("hubert", "ctc"), "HubertModel": ("hubert", "none"),
+}
+# Weights that a checkpoint may have and a bare encoder does not use: the heads of pre-training.
+LEFTOVERS = {"wav2vec2": r"(quantizer|project_hid|project_q)\.", "hubert": r"(final_proj|label_embs_concat)\b"}
+# Weights that checkpoints of fine-tuned models lack (transformers draws them at random): only SpecAugment reads them.
+OPTIONAL = r"(.*\.)?masked_spec_embed"
+ALIASES = ((r"\.weight_g$", ".parametrizations.weight.original0"),  # weight norm before torch 2
+           (r"\.weight_v$", ".parametrizations.weight.original1"),
+           (r"layer_norm\.gamma$", "layer_norm.weight"), (r"layer_norm\.beta$", "layer_norm.bias"))
+
+
+class HubError(ValueError):
+    """A model that cannot be found, read or written; says what, where, and what to do."""
+
+
+def load(name: str | os.PathLike, *, revision: str | None = None, dtype: Any = None) -> Slim:
+    """Reads a model.
+
+    Args:
+      name: `bundled:NAME`, a local folder, or a hub id (`org/name` or `org/name@revision`).
+      revision: branch, tag or commit of a hub id.
+      dtype: of the parameters; None means float32, whatever the file holds.
+    Raises:
+      HubError: nothing there, not a model this release reads, or weights that do not fit the config.
+    """
+    path = folder(name, revision=revision)
+    config = _config(path, str(name))
+    family, head = _family(config, path)
+    weights = _rename(_weights(path, str(name)))
+    if head is None:
+        head = "ctc" if any(k.startswith("lm_head.") for k in weights) else "none"
+    for key in ("dtype", "torch_dtype"):  # how a file stores weights says nothing about the model
+        config.pop(key, None)
+    if "jaxslim" not in config:  # a stock model is stored as what it is read as
+        config["architectures"] = [_architecture(family, head)]
+    try:
+        spec = Spec.from_json(config) if "jaxslim" in config else Spec(config, family, head)
+        want = bind.shapes(spec)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        detail = error if isinstance(error, SpecError) else f"{path / CONFIG} does not describe a model ({error!r})"
+        raise HubError(f"{name}: {str(detail).rstrip('.')}.") from error
+    weights = _trim(weights, spec, want)
+    try:
+        bind.check(spec, weights, f"{path / WEIGHTS}")
+    except SpecError as error:
+        raise HubError(f"{error} Config and weights must come from the same model.") from error
+    if spec.head == "ctc":
+        _check_vocabulary(path, spec)
+    dtype = jnp.dtype(dtype or jnp.float32)
+    params = {k: _cast(weights[k], want[k].dtype, dtype) for k in want}
+    return Slim(spec, jax.tree.map(jnp.asarray, params))
+
+
+def folder(name: str | os.PathLike, *, revision: str | None = None) -> pathlib.Path:
+    """Local folder of a model, downloaded if it is a hub id; other files of it (tokenizer, card) lie there too."""
+    text = os.fspath(name)
+    if text.startswith("bundled:"):
+        return _bundled(text.removeprefix("bundled:"))
+    if "://" in text:
+        return _fetch(text)
+    path = pathlib.Path(text).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise HubError(f"{text} is a file; give the folder that holds {CONFIG} and {WEIGHTS}.")
+    match = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@(.+))?", text)
+    if not match:
+        raise HubError(f"{text} does not exist. A model is bundled:NAME, a folder, or a hub id like org/name[@revision].")
+    return _download(match[1], revision or match[2])
+
+
+def save(model: Slim, folder: str | os.PathLike, *, source: str | os.PathLike | None = None, dtype: Any = None) -> None:
+    """Writes config.json and model.safetensors, all or nothing: into a sibling first, then renamed.
+
+    A folder that an earlier `save` wrote is replaced (files there that are none of a model's are kept); any other
+    folder with content is refused. `config.json` names as `dtype` what the parameters are in memory: a float32 model
+    stored as float16 still opens as float32.
+
+    Args:
+      model: training-only parameters (`aux.`) are left out.
+      folder: where to; `gs://...` works too, without the rename.
+      source: folder or name of a model whose tokenizer, processor and licence files are copied along.
+      dtype: of the stored floats, such as "float16" to halve the file; None = as they are.
+    Raises:
+      HubError: the folder is not ours or cannot be written, or the model does not fit its Spec.
+    """
+    carried = () if source is None else _carried(source)
+    text = os.fspath(folder)
+    if "://" in text:
+        return _upload(model, text, carried, dtype)
+    target = pathlib.Path(text).expanduser().resolve()
+    aside, old = (target.parent / f".{target.name}.{what}" for what in ("partial", "old"))
+    try:
+        if old.exists() and not target.exists():  # an earlier save was killed between its two renames
+            old.rename(target)
+        _check_ours(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        _write(model, aside, carried, dtype)
+        if target.exists():
+            for kept in target.iterdir():
+                if kept.name not in OURS:
+                    (shutil.copytree if kept.is_dir() else shutil.copy2)(kept, aside / kept.name)
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+        aside.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise HubError(f"Cannot write {target}: {_reason(error)}. Choose a folder you may write to, with free space.") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def push(model: Slim, repo_id: str, *, source: str | os.PathLike | None = None, dtype: Any = None,
+         private: bool | None = None, revision: str | None = None, token: str | None = None,
+         commit_message: str = "Upload with jaxslim") -> str:
+    """Saves to a hub repository, which is made if it does not exist; returns its address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as tmp:
+        save(model, os.path.join(tmp, "model"), source=source, dtype=dtype)
+        try:
+            url = api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo_id, folder_path=os.path.join(tmp, "model"), revision=revision,
+                              commit_message=commit_message)
+        except Exception as error:
+            raise HubError(_hub_reason(error, repo_id, revision)) from error
+    return str(url)
+
+
+def import_model(src: str | os.PathLike, dst: str | os.PathLike, check: bool = False) -> list[tuple[str, float, float, bool]]:
+    """Reads `src`, writes it to the folder `dst`; with `check` compares what was written with PyTorch transformers.
+
+    Returns:
+      Rows (tap, max abs difference, max abs of the reference, within tolerance); empty without `check`.
+    """
+    save(load(src), dst, source=src)
+    return compare(load(dst), folder(src)) if check else []
+
+
+def compare(model: Slim, reference: str | os.PathLike, seconds: float = 1.0, tolerance: float = 1e-4):
+    """Layer by layer against the PyTorch model in the folder `reference`, on a fixed random waveform, in fp32.
+
+    Returns:
+      Rows (tap, max abs difference, max abs of the reference, within `tolerance * max(1, that maximum)`).
+    """
+    if model.spec.blocks:
+        raise HubError(f"{reference}: blocks {', '.join(list(model.spec.blocks)[:4])} differ from the config, which "
+                       "transformers cannot open; only a stock model can be compared with it.")
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise HubError("The comparison needs PyTorch: pip install 'jaxslim[test]' (torch, CPU is enough).") from error
+
+    torch_model = getattr(transformers, _architecture(model.spec.family, model.spec.head)).from_pretrained(
+        reference, dtype=torch.float32).eval()
+    wave = np.random.default_rng(0).standard_normal((1, int(16000 * seconds)), np.float32)
+    encoder = getattr(torch_model, PREFIX[model.spec.family]) if model.spec.head != "none" else torch_model
+    want = {}
+    for tap, module in (("frontend", encoder.feature_extractor), ("projection", encoder.feature_projection)):
+        module.register_forward_hook(lambda _, __, out, tap=tap: want.__setitem__(tap, out))
+    with torch.no_grad():
+        out = torch_model(torch.from_numpy(wave), output_hidden_states=True)
+    want = {k: v[0] if isinstance(v, tuple) else v for k, v in want.items()}  # HuBERT: a tensor, wav2vec2: two
+    want["frontend"] = want["frontend"].transpose(1, 2)
+    names = ["embedding", *(f"encoder.{i}" for i in range(len(out.hidden_states) - 1))]
+    want |= dict(zip(names, out.hidden_states, strict=True))
+    want["logits" if model.spec.head != "none" else "last_hidden_state"] = (
+        out.logits if model.spec.head != "none" else out.last_hidden_state)
+
+    have = model(input_values=wave, output_hidden_states=True, taps=("frontend", "projection"), dtype="float32")
+    got = {**have.taps, **dict(zip(names, have.hidden_states, strict=True)), "logits": have.logits,
+           "last_hidden_state": have.last_hidden_state}
+    rows = []
+    for tap, value in want.items():
+        value = value.numpy()
+        difference, scale = float(np.abs(np.asarray(got[tap]) - value).max()), float(np.abs(value).max())
+        rows.append((tap, difference, scale, difference <= tolerance * max(1.0, scale)))
+    return rows
+
+
+# Where models are
+
+
+def _bundled(name: str) -> pathlib.Path:
+    package = pathlib.Path(__file__).parent
+    places = [package / "assets", package.parent / "checkpoints"]  # installed; a checkout
+    for place in places:
+        if (place / name / CONFIG).is_file():
+            return place / name
+    known = sorted({p.parent.name for place in places for p in place.glob(f"*/{CONFIG}")})
+    raise HubError(f"No bundled model {name!r}; there is {', '.join('bundled:' + k for k in known) or 'none'}."
+                   f"{nearest(name, known)}")
+
+
+def _download(repo: str, revision: str | None) -> pathlib.Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.txt", "*.model", WEIGHTS, "model-*-of-*.safetensors", "LICENSE", "NOTICE"]
+    try:
+        return pathlib.Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # network, gated, not found: each has a class of its own, some not public
+        raise HubError(_hub_reason(error, repo, revision)) from error
+
+
+def _hub_reason(error: Exception, repo: str, revision: str | None) -> str:
+    kinds = {cls.__name__ for cls in type(error).__mro__}  # GatedRepoError is a RepositoryNotFoundError too
+    at = f"{repo}@{revision}" if revision else repo
+    if "GatedRepoError" in kinds:
+        return f"{at} is gated: accept its terms on https://huggingface.co/{repo}, then log in with `hf auth login`."
+    if "RevisionNotFoundError" in kinds:
+        return f"{repo} has no revision {revision!r}; see https://huggingface.co/{repo}/tree/main for its branches and tags."
+    if "RepositoryNotFoundError" in kinds:
+        return (f"{at} is no local folder, and the hub has no such repository (or it is private: `hf auth login`). "
+                "Check the spelling; a model is bundled:NAME, a folder, or org/name[@revision].")
+    if "HFValidationError" in kinds:
+        return f"{at} is no local folder and no valid hub id (org/name[@revision])."
+    if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
+        import huggingface_hub.constants as constants
+
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+        return (f"{at} is no local folder and not in the hub's cache on this machine, and {why}. "
+                "Go online once to download it, or give a folder.")
+    return f"Hub access to {at} failed: {_reason(error)}."
+
+
+_fetched: list[tempfile.TemporaryDirectory] = []  # local copies of remote folders, for the life of the process
+
+
+def _fetch(url: str) -> pathlib.Path:
+    from etils import epath
+
+    remote = epath.Path(url)
+    if not remote.is_dir():
+        raise HubError(f"{url} does not exist or is not a folder.")
+    _fetched.append(tempfile.TemporaryDirectory())
+    local = pathlib.Path(_fetched[-1].name)
+    for file in remote.iterdir():
+        if file.name in OURS or file.name == INDEX or re.fullmatch(SHARD, file.name):
+            file.copy(local / file.name)
+    return local
+
+
+def _upload(model: Slim, url: str, carried, dtype) -> None:
+    from etils import epath
+
+    remote = epath.Path(url)
+    with tempfile.TemporaryDirectory() as tmp:
+        _write(model, pathlib.Path(tmp), carried, dtype)
+        try:
+            remote.mkdir(parents=True, exist_ok=True)
+            for file in sorted(pathlib.Path(tmp).iterdir(), key=lambda f: f.name == CONFIG):  # config.json last
+                epath.Path(file).copy(remote / file.name, overwrite=True)
+        except OSError as error:
+            raise HubError(f"Cannot write {url}: {_reason(error)}.") from error
+
+
+# Reading
+
+
+def _json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise HubError(f"Cannot read {path}: {_reason(error)}.") from error
+    _refuse_pointer(data[:64], path)
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise HubError(f"{path} is not valid JSON ({error}); copy or download it again.") from error
+    if not isinstance(value, dict):
+        raise HubError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
+    return value
+
+
+def _refuse_pointer(start: bytes, path: pathlib.Path) -> None:
+    if start.startswith(b"version https://git-lfs"):
+        raise HubError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository.")
+
+
+def _config(path: pathlib.Path, name: str) -> dict[str, Any]:
+    if not (path / CONFIG).is_file():
+        weights = [f.name for f in path.glob("*.safetensors")]
+        what = f"has weights ({weights[0]}) but no {CONFIG}" if weights else f"is not a model folder: it has no {CONFIG}"
+        raise HubError(f"{name} {what}. A model folder holds {CONFIG} and {WEIGHTS}, as transformers saves them.")
+    return _json(path / CONFIG)
+
+
+def _family(config: Mapping[str, Any], path: pathlib.Path) -> tuple[str, str | None]:
+    """Family and head; head None = the weights must tell."""
+    ours = config.get("jaxslim")
+    if isinstance(ours, dict):
+        return ours.get("family", ""), ours.get("head", "none")
+    named, kind = config.get("architectures") or [], config.get("model_type")
+    for architecture in named:
+        if architecture in ARCHITECTURES:
+            return ARCHITECTURES[architecture]
+    if not named and kind in bind.FAMILIES:
+        return kind, None
+    what = f"architecture {named[0]}" if named else f"model_type {kind!r}"
+    raise HubError(f"{path / CONFIG}: {what} is not supported; supported are {', '.join(ARCHITECTURES)}.")
+
+
+def _architecture(family: str, head: str) -> str:
+    return next(a for a, pair in ARCHITECTURES.items() if pair == (family, head))
+
+
+def _weights(path: pathlib.Path, name: str) -> dict[str, np.ndarray]:
+    """Every array of a folder, single file or shards, with the names and dtypes of the file."""
+    if (path / WEIGHTS).is_file():
+        return _tensors(path / WEIGHTS)
+    if not (path / INDEX).is_file():
+        if stray := sorted(f.name for f in path.iterdir() if re.fullmatch(SHARD, f.name)):
+            raise HubError(f"{name} has {stray[0]} but no {INDEX}; download the folder again, completely.")
+        found = [f.name for f in path.glob("pytorch_model*.bin")] or ["pytorch_model.bin, perhaps"]
+        raise HubError(f"{name} has no {WEIGHTS} ({found[0]}: pickled weights are not read in this release). Convert it: "
+                       "open it with transformers' from_pretrained and call save_pretrained on a new folder.")
+    where = _json(path / INDEX).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise HubError(f"{path / INDEX} has no weight_map; download it again.")
+    shards = sorted(set(where.values()))
+    if absent := [s for s in shards if not (path / s).is_file()]:
+        raise HubError(f"{name} is incomplete: {len(absent)} of {len(shards)} weight files are missing ({', '.join(absent[:3])}); "
+                       "finish the download.")
+    weights = {k: v for shard in shards for k, v in _tensors(path / shard).items()}
+    if absent := sorted(set(where) - set(weights)):
+        raise HubError(f"{name}: {INDEX} lists {absent[0]} in {where[absent[0]]}, which does not hold it; download both again.")
+    return weights
+
+
+def _tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        with path.open("rb") as file:
+            _refuse_pointer(file.read(64), path)
+        with safetensors.safe_open(path, framework="np") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}
+    except safetensors.SafetensorError as error:
+        raise HubError(f"{path} ({path.stat().st_size} bytes) is truncated or not a safetensors file ({error}); "
+                       "copy or download it again.") from error
+    except OSError as error:
+        raise HubError(f"Cannot read {path}: {_reason(error)}.") from error
+
+
+def _rename(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    for old, new in ALIASES:
+        weights = {re.sub(old, new, k): v for k, v in weights.items()}
+    return weights
+
+
+def _trim(weights: dict[str, np.ndarray], spec: Spec, want: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
+    """Weights as the model names them: an encoder without its prefix, no leftovers of pre-training, optional ones there."""
+    if spec.head == "none":
+        inner = PREFIX[spec.family] + "."
+        weights = {k.removeprefix(inner): v for k, v in weights.items()}
+        weights = {k: v for k, v in weights.items() if not re.match(LEFTOVERS[spec.family], k)}
+    weights = {k: v for k, v in weights.items() if k in want or not re.fullmatch(OPTIONAL, k)}
+    return weights | {k: np.zeros(x.shape, x.dtype) for k, x in want.items()
+                      if k not in weights and re.fullmatch(OPTIONAL, k)}
+
+
+def _cast(array: np.ndarray, wanted: Any, dtype: Any) -> np.ndarray:
+    """Floats to `dtype`; counters (torch: int64) and packed integers to what the model declares."""
+    return array.astype(dtype if jnp.issubdtype(wanted, jnp.floating) else wanted, copy=False)
+
+
+def _check_vocabulary(path: pathlib.Path, spec: Spec) -> None:
+    if not (path / "vocab.json").is_file():
+        return
+    ids = [i for i in _json(path / "vocab.json").values() if isinstance(i, int)]  # MMS nests one dict a language
+    if ids and max(ids) >= spec["vocab_size"]:
+        raise HubError(f"{path / 'vocab.json'} has ids up to {max(ids)}, but the model has {spec['vocab_size']} outputs "
+                       "(vocab_size, lm_head); it is the vocabulary of another model.")
+
+
+# Writing
+
+
+def _carried(source: str | os.PathLike) -> list[pathlib.Path]:
+    return [p for name in CARRIED if (p := folder(source) / name).is_file()]
+
+
+def _check_ours(target: pathlib.Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise HubError(f"{target} is a file; give a folder.")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    try:
+        with safetensors.safe_open(target / WEIGHTS, framework="np") as file:
+            ours = "jaxslim" in (file.metadata() or {})
+    except (safetensors.SafetensorError, OSError):
+        ours = False
+    if not ours:
+        raise HubError(f"{target} holds files that jaxslim did not write, and they are not overwritten; "
+                       "choose another output folder or empty it.")
+
+
+def _write(model: Slim, target: pathlib.Path, carried, dtype) -> None:
+    params = {k: np.asarray(v) for k, v in model.params.items() if not k.startswith(bind.AUXILIARY)}
+    try:
+        bind.check(model.spec, params, "The model to be saved")
+    except SpecError as error:
+        raise HubError(str(error)) from error
+    floats = {str(v.dtype) for v in params.values() if jnp.issubdtype(v.dtype, jnp.floating)}
+    store = None if dtype is None else jnp.dtype(dtype)
+    tensors = {k: np.ascontiguousarray(_stored(v, store)) for k, v in sorted(params.items())}
+    config = {**model.spec.config, "architectures": [_architecture(model.spec.family, model.spec.head)],
+              "model_type": model.spec.family, "dtype": floats.pop() if len(floats) == 1 else "float32"}
+    if model.spec.blocks:
+        config["jaxslim"] = model.spec.to_json()
+    for file in carried:
+        shutil.copyfile(file, target / file.name)
+    save_file(tensors, target / WEIGHTS, metadata={"format": "pt", "jaxslim": __version__})
+    (target / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _stored(array: np.ndarray, store: Any) -> np.ndarray:
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        return array if store is None else array.astype(store)
+    return array.astype(np.int64) if array.ndim == 0 else array  # torch keeps BatchNorm's counter as int64
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "no permission"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "no space left on the device"
+    text = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return text.rstrip(".")

@@ -95,7 +95,9 @@ def _read(source, name) -> tuple[bytes, str]:
             else:
                 with open(source, "rb") as file:
                     data = file.read()
-        except (OSError, ValueError) as error:  # ValueError: a path with a NUL byte, an unknown scheme
+        except KeyError as error:  # epath knows gs://, s3://, az://
+            raise AudioError(f"{name} cannot be read: no reader for {str(source).partition('://')[0]}://.") from error
+        except (OSError, ValueError) as error:  # ValueError: a path with a NUL byte
             raise AudioError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     else:
         data, name = source, name or "the audio given as bytes"

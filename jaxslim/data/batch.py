@@ -97,8 +97,8 @@ class Batches:
     def summary(self) -> str:
         """One sentence: rows, hours, shapes, padding, and what was skipped."""
         shapes = ", ".join(f"{b} x {s / self.task.sampling_rate:.2f} s" for b, s, _ in self.shapes)
-        text = f"{self.rows.name}: {len(self._loader.seconds)} of {len(self.rows)} rows, {self.hours:.2f} h in {len(self)} "
-        text += f"batches an epoch ({shapes}), {100 * self.padding_waste:.1f} % padding"
+        text = f"{self.rows.name}: {len(self._loader.seconds)} of {len(self.rows)} rows, {self.hours:.2f} h, "
+        text += f"{len(self)} batches an epoch ({shapes}), {100 * self.padding_waste:.1f} % padding"
         if self._loader.skipped:
             text += f"; {len(self._loader.skipped)} rows skipped: {self._loader.examples()}"
         return text + "."

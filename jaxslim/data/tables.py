@@ -48,7 +48,10 @@ def _path(source: str):
     if "://" in source:
         from etils import epath
 
-        return epath.Path(source)
+        try:
+            return epath.Path(source)
+        except KeyError:
+            raise DataError(f"{source}: no reader for {source.partition('://')[0]}://; download it first.") from None
     return pathlib.Path(source).expanduser()
 
 

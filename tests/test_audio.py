@@ -27,7 +27,9 @@ def hertz(wave, rate=16000):
 
 
 @pytest.mark.parametrize("channels, rate", [(1, 16000), (2, 44100), (1, 8000), (6, 48000)])
-@pytest.mark.parametrize("format, options", [("WAV", {}), ("FLAC", {}), ("OGG", {}), ("MP3", {}), ("OGG", {"subtype": "OPUS"})])
+@pytest.mark.parametrize(
+    "format, options", [("WAV", {}), ("FLAC", {}), ("OGG", {}), ("MP3", {}), ("OGG", {"subtype": "OPUS"})]
+)
 def test_formats_rates_channels(format, options, channels, rate):
     if format == "MP3" and channels > 2 or options and rate == 44100:
         pytest.skip("the format has no such thing")
@@ -87,7 +89,10 @@ def broken(tmp_path):
         "cut": (encoded(tone(), format="FLAC")[:30], "not readable as audio"),
         "samples": (encoded(tone(0)), "no audio samples"),
         "nan": (encoded(nan, subtype="FLOAT"), "3 samples that are NaN"),
-        "inf": (encoded(np.where(np.arange(8000)[:, None] == 7, np.inf, tone()), subtype="DOUBLE"), "1 samples that are NaN"),
+        "inf": (
+            encoded(np.where(np.arange(8000)[:, None] == 7, np.inf, tone()), subtype="DOUBLE"),
+            "1 samples that are NaN",
+        ),
         "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer"),
     }
 

@@ -174,7 +174,7 @@ class Batches:
         for i, length in enumerate(loader.durations()):
             if isinstance(length, DataError):
                 loader.skip(i, str(length))
-            elif not (low or 0) <= length <= (high or math.inf):
+            elif not (low or 0) - 1e-6 <= length <= (high or math.inf) + 1e-6:
                 loader.skip(i, f"{length:.3f} s long, outside min_seconds to max_seconds", asked=True)
             elif length < FLOOR:
                 loader.skip(i, f"{length * 1000:.0f} ms long, shorter than one frame ({FLOOR * 1000:.0f} ms)")

@@ -71,7 +71,8 @@ class Rows(Sequence):
         source, name = self._source(i)
         wave = audio.load(source, sampling_rate, name)
         record = self._records[i]
-        if offset := float(record.get("offset") or 0):  # NeMo: a piece of a long file
+        if record.get("offset") not in (None, ""):  # NeMo: a piece of a long file
+            offset = float(record["offset"])
             start, length = round(offset * sampling_rate), record.get("duration")
             wave = wave[start : start + round(float(length) * sampling_rate) if length else None]
             if not wave.size:
@@ -80,6 +81,8 @@ class Rows(Sequence):
 
     def duration(self, i: int) -> float:
         """Seconds of row i: the `duration` column if it has one, else from the file's header. Raises AudioError."""
+        if self._records[i]["audio"] is None:
+            self._source(i)  # raises
         try:
             value = float(self._records[i].get("duration") or 0)
         except (TypeError, ValueError):

@@ -30,7 +30,8 @@ class VocabularyError(DataError):
 class CTCTask:
     """Characters for CTC, equal to Wav2Vec2CTCTokenizer and Wav2Vec2FeatureExtractor of transformers.
 
-    One thing is kinder: where a vocabulary has a letter in the other case only, `encode` takes that.
+    Two things are kinder: where a vocabulary has a letter in the other case only, `encode` takes that; and the spaces
+    beside a token of several characters stay (transformers strips them).
     """
 
     vocabulary: Mapping[str, int] = dataclasses.field(hash=False)

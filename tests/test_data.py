@@ -1,7 +1,9 @@
 """Every kind of DATA becomes rows; every row is in one batch an epoch, or named; a resume is exact."""
 
 import io
+import itertools
 import json
+import pathlib
 import subprocess
 import sys
 import threading
@@ -10,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+import jaxslim.data
 from jaxslim.data import AudioError, Batches, CTCTask, DataError, Rows, audio, load_rows, suggest_buckets
 from jaxslim.data.loader import Prefetch
 
@@ -78,6 +81,9 @@ def kinds(tmp_path):
     pq.write_table(table, tmp_path / "struct.parquet")
     pq.write_table(table, tmp_path / "hub/data/train-00000-of-00001.parquet")
     pq.write_table(pa.table({"audio": clips, "text": texts}), tmp_path / "binary.parquet")
+    paths = [{"bytes": None, "path": f"folder/{n}"} for n in names]
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    pq.write_table(pa.table({"audio": pa.array(paths, kind), "text": texts}), tmp_path / "pointer.parquet")
     pq.write_table(pa.table({"path": [f"folder/{n}" for n in names], "transcript": texts}), tmp_path / "path.parquet")
     quoted = ['"' + t.replace('"', '""') + '"' for t in texts]
     (tmp_path / "folder/metadata.csv").write_text(
@@ -93,6 +99,7 @@ def kinds(tmp_path):
     )
     return {
         "parquet struct": tmp_path / "struct.parquet", "parquet binary": tmp_path / "binary.parquet",
+        "parquet pointer": tmp_path / "pointer.parquet",
         "parquet path": tmp_path / "path.parquet", "folder": tmp_path / "folder", "nemo": tmp_path / "jsonl/nemo.jsonl",
         "common voice": tmp_path / "cv/train.tsv", "csv": tmp_path / "absolute.csv",
         "parquet folder": tmp_path / "hub/data", "hf": f"hf:{tmp_path}/hub",
@@ -103,6 +110,7 @@ KINDS = [
     "parquet struct",
     "parquet binary",
     "parquet path",
+    "parquet pointer",
     "folder",
     "nemo",
     "common voice",
@@ -183,6 +191,14 @@ def test_chosen_columns_and_text_only(tmp_path):
         load_rows(str(table), text_column="txt")
     with pytest.raises(DataError, match="neither audio nor text; expected a column audio or .* found gloss, label"):
         load_rows(str(table))
+
+
+def test_chosen_audio_column_is_relative_to_the_manifest(tmp_path):
+    (tmp_path / "a.wav").write_bytes(wav())
+    text = "line\u2028separator"  # str.splitlines would cut the JSON here
+    (tmp_path / "m.jsonl").write_text(json.dumps({"recording": "a.wav", "text": text}, ensure_ascii=False), "utf-8")
+    rows = load_rows(str(tmp_path / "m.jsonl"), audio_column="recording")
+    assert rows.audio(0).shape == (4800,) and rows[0]["text"] == text
 
 
 def test_nemo_offsets(tmp_path):
@@ -285,6 +301,17 @@ def test_features_are_read_from_either_file(tmp_path, features):
     assert (task.sampling_rate, task.do_normalize, task.return_attention_mask) == (8000, False, False)
     wave = np.ones(5, np.float32)
     np.testing.assert_array_equal(task.inputs(wave), wave)
+
+
+def test_bundled_teacher_reads_the_prompts():
+    folder = pathlib.Path(jaxslim.data.__file__).parents[2] / "checkpoints/wav2vec2-ctc-en"
+    if not folder.exists():
+        pytest.skip("not in a checkout")
+    task = CTCTask.from_pretrained(folder)
+    assert dict(task.vocabulary) == VOCABULARY and task.do_normalize and task.return_attention_mask
+    for part in ("train", "validation", "test"):
+        for text in load_rows(PROMPTS + part).column("text"):
+            assert task.decode(task.encode(text), collapse=False) == text
 
 
 def test_unknown_characters_are_listed():
@@ -483,8 +510,6 @@ def test_prompts_padding_waste(part):
 
 def test_suggest_buckets_is_optimal_and_covers():
     lengths = np.round(np.random.default_rng(0).gamma(2, 1.5, 12) + 0.3, 2)
-    import itertools
-
     ends = np.unique(np.ceil(lengths / 0.02 - 1e-6) * 0.02)
     for n in (1, 2, 3, 4):
         best = min(

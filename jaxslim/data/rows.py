@@ -145,10 +145,17 @@ def load_rows(data: str | os.PathLike, *, text_column: str | None = None, audio_
     records = []
     for part in parts:
         repeat, source = (1, part) if os.path.exists(part) else _repeat(part)
-        table = tables.read(source)
+        try:
+            table, folder = tables.read(source)
+        except OSError as error:
+            raise DataError(f"{source} cannot be read: {error.strerror or error}.") from error
         if not table:
             raise DataError(f"{source} has no rows.")
-        records += _rename(table, source, text_column, audio_column) * repeat
+        table = _rename(table, source, text_column, audio_column)
+        if folder is not None and "audio" in table[0]:
+            paths = tables.place([record["audio"] for record in table], folder)
+            table = [record | {"audio": path} for record, path in zip(table, paths)]
+        records += table * repeat
     return Rows(records[:limit], data)
 
 

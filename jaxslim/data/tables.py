@@ -1,4 +1,4 @@
-"""Readers of every kind of table: one DATA -> dicts under the table's own column names, audio paths resolved."""
+"""Readers of every kind of table: one DATA -> dicts under the table's own column names."""
 
 from __future__ import annotations
 
@@ -7,41 +7,55 @@ import io
 import json
 import os
 import pathlib
+from typing import Any
 
-from jaxslim.data.rows import ALIASES, DataError
+from jaxslim.data.rows import DataError
 
 ASSETS = pathlib.Path(__file__).parent.parent / "assets"
 MANIFESTS = (".jsonl", ".json", ".ndjson", ".tsv", ".csv")
 
 
-def read(source: str) -> list[dict]:
-    """One DATA -> its rows, columns still under their own names, paths resolved."""
+def read(source: str) -> tuple[list[dict], Any]:
+    """One DATA -> its rows under the table's own column names, and the folder its audio paths start from (or None)."""
     if source.startswith("bundled:"):
         path = ASSETS / (source.removeprefix("bundled:") + ".parquet")
         if not path.is_file():
             known = sorted(str(p.relative_to(ASSETS).with_suffix("")) for p in ASSETS.glob("*/*.parquet"))
             raise DataError(f"{source} is not bundled; there is {', '.join('bundled:' + name for name in known)}.")
-        return _parquet(path)
+        return _parquet(path), path.parent
     if source.startswith("hf:"):
-        return _hugging_face(source.removeprefix("hf:"))
+        return _hugging_face(source.removeprefix("hf:")), None
     path = _path(source)
     kind = path.suffix.lower()
     if path.is_dir():
         for name in ("metadata.jsonl", "metadata.csv", "metadata.tsv"):
             if (path / name).exists():
-                return _manifest(path / name)
+                return _manifest(path / name), path
         if tables := sorted(path.glob("*.parquet")):
-            return [record for table in tables for record in _parquet(table)]
+            return [record for table in tables for record in _parquet(table)], path
         raise DataError(f"{source} has no metadata.csv (file_name, transcription), metadata.jsonl or Parquet files.")
     if path.exists():
         if kind == ".parquet":
-            return _parquet(path)
+            return _parquet(path), path.parent
         if kind in MANIFESTS:
-            return _manifest(path)
+            return _manifest(path), path.parent
         raise DataError(f"{source} is not a data table; expected .parquet, {', '.join(MANIFESTS)} or a folder.")
     if kind in (".parquet", *MANIFESTS) or source.startswith((".", "/", "~")) or "://" in source:
         raise DataError(f"{source} does not exist.")
-    return _hugging_face(source)
+    return _hugging_face(source), None
+
+
+def place(audio: list, folder) -> list:
+    """Audio values of a table with relative paths made paths in `folder` (Common Voice: in its clips/)."""
+    clips = folder / "clips"
+    in_clips, out = clips.is_dir(), []
+    for value in audio:
+        if hasattr(value, "keys") and {"bytes", "path"} <= set(value.keys()) and value["bytes"].as_buffer() is None:
+            value = value["path"].as_py()  # an Arrow struct that only points to its file
+        if isinstance(value, str) and value and "://" not in value and not os.path.isabs(value):
+            value = os.fspath(clips / value if in_clips and not (folder / value).exists() else folder / value)
+        out.append(value)
+    return out
 
 
 def _path(source: str):
@@ -65,11 +79,11 @@ def _parquet(path) -> list[dict]:
         else:
             table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
-        with path.open("rb") as file:
+        with path.open("rb") as file:  # if this fails too, load_rows says so
             pointer = file.read(40).startswith(b"version https://git-lfs")
         why = "it is a Git LFS pointer; run `git lfs pull`" if pointer else str(error).splitlines()[0].rstrip(".")
         raise DataError(f"{path} is not a readable Parquet file: {why}.") from error
-    return _resolve(_arrow(table), path.parent)
+    return _arrow(table)
 
 
 def _arrow(table) -> list[dict]:
@@ -99,7 +113,7 @@ def _manifest(path) -> list[dict]:
                 raise DataError(f"{path} line {i + 2} has not the {len(reader.fieldnames)} columns of the header line.")
     else:
         records = []
-        for i, line in enumerate(text.splitlines()):
+        for i, line in enumerate(text.split("\n")):
             if not line.strip():
                 continue
             try:
@@ -109,17 +123,6 @@ def _manifest(path) -> list[dict]:
             if not isinstance(record, dict):
                 raise DataError(f"{path} line {i + 1} is not a JSON object; one object a line is expected.")
             records.append(record)
-    return _resolve(records, path.parent)
-
-
-def _resolve(records: list[dict], folder) -> list[dict]:
-    """Relative audio paths -> paths beside the table (Common Voice: in its clips/)."""
-    for record in records:
-        for name in ALIASES["audio"]:
-            value = record.get(name)
-            if isinstance(value, str) and value and "://" not in value and not os.path.isabs(value):
-                beside, clips = folder / value, folder / "clips" / value
-                record[name] = os.fspath(clips if not beside.exists() and clips.exists() else beside)
     return records
 
 

@@ -108,7 +108,7 @@ def folder(name: str | os.PathLike, *, revision: str | None = None) -> pathlib.P
         raise HubError(f"{text} is a file; give the folder that holds {CONFIG} and {WEIGHTS}.")
     match = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@(.+))?", text)
     if not match:
-        raise HubError(f"{text} does not exist. A model is bundled:NAME, a folder, or a hub id like org/name[@revision].")
+        raise HubError(f"{text} does not exist. A model is bundled:NAME, a folder, or a hub id (org/name[@revision]).")
     return _download(match[1], revision or match[2])
 
 
@@ -150,7 +150,8 @@ def save(model: Slim, folder: str | os.PathLike, *, source: str | os.PathLike | 
         aside.rename(target)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        raise HubError(f"Cannot write {target}: {_reason(error)}. Choose a folder you may write to, with free space.") from error
+        raise HubError(f"Cannot write {target}: {_reason(error)}. Choose a folder you may write to, "
+                       "with free space.") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -173,7 +174,8 @@ def push(model: Slim, repo_id: str, *, source: str | os.PathLike | None = None, 
     return str(url)
 
 
-def import_model(src: str | os.PathLike, dst: str | os.PathLike, check: bool = False) -> list[tuple[str, float, float, bool]]:
+def import_model(src: str | os.PathLike, dst: str | os.PathLike,
+                 check: bool = False) -> list[tuple[str, float, float, bool]]:
     """Reads `src`, writes it to the folder `dst`; with `check` compares what was written with PyTorch transformers.
 
     Returns:
@@ -255,7 +257,7 @@ def _hub_reason(error: Exception, repo: str, revision: str | None) -> str:
     if "GatedRepoError" in kinds:
         return f"{at} is gated: accept its terms on https://huggingface.co/{repo}, then log in with `hf auth login`."
     if "RevisionNotFoundError" in kinds:
-        return f"{repo} has no revision {revision!r}; see https://huggingface.co/{repo}/tree/main for its branches and tags."
+        return f"{repo} has no revision {revision!r}; its branches and tags are on https://huggingface.co/{repo}."
     if "RepositoryNotFoundError" in kinds:
         return (f"{at} is no local folder, and the hub has no such repository (or it is private: `hf auth login`). "
                 "Check the spelling; a model is bundled:NAME, a folder, or org/name[@revision].")
@@ -327,8 +329,9 @@ def _refuse_pointer(start: bytes, path: pathlib.Path) -> None:
 def _config(path: pathlib.Path, name: str) -> dict[str, Any]:
     if not (path / CONFIG).is_file():
         weights = [f.name for f in path.glob("*.safetensors")]
-        what = f"has weights ({weights[0]}) but no {CONFIG}" if weights else f"is not a model folder: it has no {CONFIG}"
-        raise HubError(f"{name} {what}. A model folder holds {CONFIG} and {WEIGHTS}, as transformers saves them.")
+        what = f"has weights ({weights[0]}) but" if weights else "is not a model folder: it has"
+        raise HubError(f"{name} {what} no {CONFIG}. A model folder holds {CONFIG} and "
+                       f"{WEIGHTS}, as transformers saves them.")
     return _json(path / CONFIG)
 
 
@@ -359,18 +362,19 @@ def _weights(path: pathlib.Path, name: str) -> dict[str, np.ndarray]:
         if stray := sorted(f.name for f in path.iterdir() if re.fullmatch(SHARD, f.name)):
             raise HubError(f"{name} has {stray[0]} but no {INDEX}; download the folder again, completely.")
         found = [f.name for f in path.glob("pytorch_model*.bin")] or ["pytorch_model.bin, perhaps"]
-        raise HubError(f"{name} has no {WEIGHTS} ({found[0]}: pickled weights are not read in this release). Convert it: "
-                       "open it with transformers' from_pretrained and call save_pretrained on a new folder.")
+        raise HubError(f"{name} has no {WEIGHTS} ({found[0]}: pickled weights are not read in this release). "
+                       "Convert it: open it with transformers' from_pretrained and save_pretrained it to a new folder.")
     where = _json(path / INDEX).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise HubError(f"{path / INDEX} has no weight_map; download it again.")
     shards = sorted(set(where.values()))
     if absent := [s for s in shards if not (path / s).is_file()]:
-        raise HubError(f"{name} is incomplete: {len(absent)} of {len(shards)} weight files are missing ({', '.join(absent[:3])}); "
-                       "finish the download.")
+        raise HubError(f"{name} is incomplete: {len(absent)} of {len(shards)} weight files are missing "
+                       f"({', '.join(absent[:3])}); finish the download.")
     weights = {k: v for shard in shards for k, v in _tensors(path / shard).items()}
     if absent := sorted(set(where) - set(weights)):
-        raise HubError(f"{name}: {INDEX} lists {absent[0]} in {where[absent[0]]}, which does not hold it; download both again.")
+        raise HubError(f"{name}: {INDEX} lists {absent[0]} in {where[absent[0]]}, which does not hold it; "
+                       "download both again.")
     return weights
 
 
@@ -393,8 +397,8 @@ def _rename(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return weights
 
 
-def _trim(weights: dict[str, np.ndarray], spec: Spec, want: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
-    """Weights as the model names them: an encoder without its prefix, no leftovers of pre-training, optional ones there."""
+def _trim(weights: dict[str, np.ndarray], spec: Spec, want: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Weights as the model names them: encoder without prefix, no leftovers of pre-training, optional ones there."""
     if spec.head == "none":
         inner = PREFIX[spec.family] + "."
         weights = {k.removeprefix(inner): v for k, v in weights.items()}
@@ -414,8 +418,8 @@ def _check_vocabulary(path: pathlib.Path, spec: Spec) -> None:
         return
     ids = [i for i in _json(path / "vocab.json").values() if isinstance(i, int)]  # MMS nests one dict a language
     if ids and max(ids) >= spec["vocab_size"]:
-        raise HubError(f"{path / 'vocab.json'} has ids up to {max(ids)}, but the model has {spec['vocab_size']} outputs "
-                       "(vocab_size, lm_head); it is the vocabulary of another model.")
+        raise HubError(f"{path / 'vocab.json'} has ids up to {max(ids)}, but the model has {spec['vocab_size']} "
+                       "outputs (vocab_size, lm_head); it is the vocabulary of another model.")
 
 
 # Writing
@@ -455,8 +459,10 @@ def _write(model: Slim, target: pathlib.Path, carried, dtype) -> None:
         config["jaxslim"] = model.spec.to_json()
     for file in carried:
         shutil.copyfile(file, target / file.name)
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (target / CONFIG).write_text(text, encoding="utf-8")
     save_file(tensors, target / WEIGHTS, metadata={"format": "pt", "jaxslim": __version__})
-    (target / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    shutil.copymode(target / CONFIG, target / WEIGHTS)  # safetensors makes files that only their owner may read
 
 
 def _stored(array: np.ndarray, store: Any) -> np.ndarray:

@@ -3,15 +3,26 @@
 Everything here is loaded on first use, so `import jaxslim` costs nothing.
 """
 import importlib
+import sys
+import types
 
-__version__ = "0.1.0"
+from jaxslim._version import __version__
 
 _LAZY = {
     "Slim": "slim", "from_pretrained": "hub:load", "slim": "recipe:run", "evaluate": "evaluate:evaluate",
     "transcribe": "evaluate:transcribe", "bench": "speed:bench", "to_flax": "models.bind",
     "from_flax": "models.bind",
 }
-__all__ = sorted(_LAZY)
+__all__ = ["__version__", *sorted(_LAZY)]
+
+
+class _Package(types.ModuleType):
+    def __setattr__(self, name, value):
+        if not (name in _LAZY and isinstance(value, types.ModuleType)):  # functions win over submodules of their name
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str):

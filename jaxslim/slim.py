@@ -17,6 +17,14 @@ Array = jax.Array | np.ndarray
 Batches = Callable[[], Iterator[dict[str, np.ndarray]]]   # one pass over training data per call
 
 
+INPUTS = ("input_values", "attention_mask", "input_features", "input_ids", "decoder_input_ids")
+
+
+def inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a batch that go into the model; the rest (labels, rows) is the loss's."""
+    return {k: batch[k] for k in INPUTS if k in batch}
+
+
 class Outputs(NamedTuple):
     """What a forward pass returns, named as in transformers. Frames beyond a row's length are zero in `taps`."""
 
@@ -42,17 +50,18 @@ class Slim:
 
     spec: Spec
     params: dict[str, Array]
+    defaults: tuple[tuple[str, Any], ...] = ()   # call options (dtype, remat) for callers that name none
 
     def tree_flatten(self):
-        return (self.params,), self.spec
+        return (self.params,), (self.spec, self.defaults)
 
     @classmethod
-    def tree_unflatten(cls, spec, children):
-        return cls(spec, children[0])
+    def tree_unflatten(cls, static, children):
+        return cls(static[0], children[0], static[1])
 
     def __call__(self, *, output_hidden_states: bool = False, taps: tuple[str, ...] = (), key: jax.Array | None = None,
-                 dtype: Any = None, remat: str = "none", adapter_ids: Array | None = None, attention: str = "auto",
-                 **inputs: Array) -> Outputs:
+                 dtype: Any = None, remat: str | None = None, adapter_ids: Array | None = None,
+                 attention: str = "auto", **inputs: Array) -> Outputs:
         """Forward pass.
 
         Args:
@@ -69,6 +78,8 @@ class Slim:
             raise ValueError("adapter_ids: this model has no adapter slots.")
         if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(inputs)):
             inputs = {k: np.asarray(v) if not isinstance(v, jax.Array) else v for k, v in inputs.items()}
+        defaults = dict(self.defaults)
+        dtype, remat = dtype or defaults.get("dtype"), remat or defaults.get("remat", "none")
         return _forward(self.params, inputs, key, spec=self.spec, hidden=output_hidden_states, taps=tuple(taps),
                         dtype=None if dtype is None else jnp.dtype(dtype).name, remat=remat, attention=attention)
 

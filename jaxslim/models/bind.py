@@ -57,6 +57,13 @@ def bind(spec: Spec, params: Mapping[str, jax.Array]) -> nnx.Module:
         [(path, leaf.replace(params[name])) for name, (path, leaf) in paths.items()]))
 
 
+def submodule(module: nnx.Module, name: str) -> nnx.Module:
+    """The submodule with a Hugging Face name, e.g. 'wav2vec2.encoder.layers.3.attention'."""
+    for part in name.split("."):
+        module = module[int(part)] if part.isdigit() else getattr(module, part)
+    return module
+
+
 def to_flax(model: Slim) -> nnx.Module:
     """A live NNX module with the model's parameters, for people with a training loop of their own."""
     module = bind(model.spec, model.params)

@@ -24,6 +24,10 @@ class Call(NamedTuple):
     remat: str = "none"          # none | dots | full
     attention: str = "auto"      # auto | dense | blocked
 
+    def on_cpu(self) -> bool:
+        """Whether to run the programs made for the CPU; "dense" asks for the simple ones everywhere."""
+        return self.attention == "blocked" or self.attention == "auto" and jax.default_backend() == "cpu"
+
     def fold(self, site: int) -> Call:
         """The same call with a key of its own for one layer or site."""
         return self if self.key is None else self._replace(key=jax.random.fold_in(self.key, site))
@@ -124,8 +128,8 @@ class Conv(nnx.Module):
             self.bias = param(dout)
         self.has_bias = bias
 
-    def __call__(self, x: jax.Array, stride: int = 1) -> jax.Array:      # (B, T, C) -> (B, T', C')
-        y = conv1d(x, self.weight[...], stride)
+    def __call__(self, x: jax.Array, stride: int, call: Call) -> jax.Array:   # (B, T, C) -> (B, T', C')
+        y = conv1d(x, self.weight[...], stride, call)
         return y + self.bias[...].astype(y.dtype) if self.has_bias else y
 
 
@@ -134,16 +138,45 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     return jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
 
 
-def conv1d(x: jax.Array, w: jax.Array, stride: int = 1) -> jax.Array:
-    """Convolution over time without padding: x (B, T, C), w (out, C, W) -> (B, T', out)."""
-    return jax.lax.conv_general_dilated(x, w.astype(x.dtype), (stride,), "VALID",
-                                        dimension_numbers=("NWC", "OIW", "NWC"))
+def conv1d(x: jax.Array, w: jax.Array, stride: int, call: Call) -> jax.Array:
+    """Convolution over time without padding: x (B, T, C), w (out, C, W) -> (B, T', out).
+
+    On CPU XLA's convolutions are slow, their gradients more so: there it is one matrix product for each `stride` taps,
+    on frames folded `stride` at a time. The same multiply-adds, no copies of the input.
+    """
+    if not call.on_cpu():
+        return jax.lax.conv_general_dilated(x, w.astype(x.dtype), (stride,), "VALID",
+                                            dimension_numbers=("NWC", "OIW", "NWC"))
+    (rows, length, channels), width = x.shape, w.shape[2]
+    out = (length - width) // stride + 1
+    folds = -(-width // stride)
+    need = (out + folds - 1) * stride
+    x = jnp.pad(x, ((0, 0), (0, max(need - length, 0)), (0, 0)))[:, :need].reshape(rows, -1, stride * channels)
+    w = w.transpose(0, 2, 1).reshape(w.shape[0], -1)                     # (out, W C), taps first
+    y = 0
+    for j in range(folds):
+        taps = w[:, j * stride * channels : (j + 1) * stride * channels]
+        y = y + matmul(x[:, j : j + out, : taps.shape[1]], taps)
+    return y
 
 
 def grouped_conv1d(x: jax.Array, w: jax.Array, groups: int, padding: tuple[int, int], call: Call) -> jax.Array:
-    """Grouped convolution over time: x (B, T, C), w (out, C / groups, W) -> (B, T', out)."""
-    return jax.lax.conv_general_dilated(x, w.astype(x.dtype), (1,), [padding], feature_group_count=groups,
-                                        dimension_numbers=("NWC", "OIW", "NWC"))
+    """Grouped convolution over time: x (B, T, C), w (out, C / groups, W) -> (B, T', out). On CPU in runs of taps."""
+    if not call.on_cpu():
+        return jax.lax.conv_general_dilated(x, w.astype(x.dtype), (1,), [padding], feature_group_count=groups,
+                                            dimension_numbers=("NWC", "OIW", "NWC"))
+    run = 16
+    dout, din, width = w.shape
+    w = jnp.pad(w, ((0, 0), (0, 0), (0, -width % run))).astype(x.dtype)
+    w = w.reshape(groups, dout // groups, din, -1, run).transpose(3, 0, 4, 2, 1)       # (W/run, G, run, I, O)
+    w = w.reshape(w.shape[0], groups, run * din, -1)
+    x = jnp.pad(x, ((0, 0), (padding[0], padding[1] - width % -run), (0, 0)))
+    rows, length, _ = x.shape
+    out = length - w.shape[0] * run + 1
+    x = x.reshape(rows, length, groups, din).transpose(2, 0, 1, 3)                     # (G, B, T, I)
+    x = jnp.concatenate([x[:, :, i : i + length - run + 1] for i in range(run)], -1)
+    y = sum(jnp.einsum("gbtx,gxo->gbto", x[:, :, j * run : j * run + out], taps) for j, taps in enumerate(w))
+    return y.transpose(1, 2, 0, 3).reshape(rows, out, dout)
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -184,8 +217,7 @@ def attention(q, k, v, mask, scale: float, call: Call, rate: float = 0.0) -> jax
     """
     rows = lambda q, call: _attention_rows(q, k, v, mask, scale, call, rate)  # noqa: E731
     length = q.shape[1]
-    if call.attention == "dense" or length <= ATTENTION_BLOCK or (
-            call.attention == "auto" and jax.default_backend() != "cpu"):
+    if not call.on_cpu() or length <= ATTENTION_BLOCK:
         return rows(q, call)
     blocks = -(-length // ATTENTION_BLOCK)
     q = jnp.pad(q, ((0, 0), (0, blocks * ATTENTION_BLOCK - length), (0, 0), (0, 0)))

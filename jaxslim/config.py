@@ -1,0 +1,226 @@
+"""Frozen dataclasses <-> YAML, with `key=value` overrides. Strict: an unknown key is an error naming the nearest one."""
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+from etils import epath
+
+from jaxslim.spec import nearest
+
+
+class ConfigError(ValueError):
+    """A key or value of a config that cannot be used; says where and what would be accepted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where speech comes from; see `jaxslim.data.rows.load_rows` for the kinds of DATA."""
+
+    train: str | None = None
+    validation: str | None = None
+    test: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """AdamW for one group of parameters."""
+
+    learning_rate: float = 1e-4
+    warmup_steps: int = 0
+    schedule: str = "linear"          # linear | cosine | constant, after the warm-up, down to final_factor
+    final_factor: float = 0.0         # last learning rate / peak
+    weight_decay: float = 0.0         # never on vectors (norms, biases)
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+    def __post_init__(self):
+        if self.schedule not in ("linear", "cosine", "constant"):
+            raise ConfigError(f"schedule {self.schedule!r}: use linear, cosine or constant.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """How a stage trains."""
+
+    max_steps: int = 1000
+    per_device_train_batch_size: int = 8       # rows a device takes in one microbatch
+    gradient_accumulation_steps: int = 1
+    groups: dict[str, Group] = dataclasses.field(default_factory=lambda: {"main": Group()})
+    max_grad_norm: float = 1.0                 # 0 = no clipping
+    seed: int = 0
+    dtype: str = "float32"                     # of the matrix products; parameters and losses are fp32
+    remat: str = "none"                        # none | dots | full
+    mesh: str = "data=-1"                      # e.g. data=4,fsdp=2; -1 = the rest of the devices
+    logging_steps: int = 10
+    save_steps: int = 500                      # 0 = only at the end
+    save_total_limit: int = 2                  # latest checkpoints kept, beside the best
+    eval_steps: int = 0                        # validation WER every so often; 0 = never
+    min_seconds: float = 0.1
+    max_seconds: float = 30.0
+    speed_perturb: tuple[float, ...] = ()      # e.g. [0.9, 1.0, 1.1]
+    max_nonfinite_steps: int = 20              # so many in a row stop the run
+
+    def __post_init__(self):
+        if self.max_steps < 1 or self.per_device_train_batch_size < 1 or self.gradient_accumulation_steps < 1:
+            raise ConfigError("train: max_steps, per_device_train_batch_size and gradient_accumulation_steps must be "
+                              "at least 1.")
+        if self.remat not in ("none", "dots", "full"):
+            raise ConfigError(f"train.remat {self.remat!r}: use none, dots or full.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One step of a recipe. Without `train` a stage is the method's start and finish."""
+
+    name: str
+    method: str
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)   # the method's dataclass, strict
+    train: Train | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    teacher: str
+    data: Data
+    stages: tuple[Stage, ...]
+    seed: int = 0
+    control: bool = True                       # also train the untouched teacher on the same steps (DESIGN 6)
+
+    def __post_init__(self):
+        names = [s.name for s in self.stages]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"Stage names must differ; got {names}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run(Train):
+    """`jaxslim train CONFIG`: a model, its data, where to write, the keys of Train, and the options of the method."""
+
+    model: str = ""
+    data: Data = Data()
+    output_dir: str = ""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)   # of methods.finetune.Finetune
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, but 1e-3 is a number (PyYAML alone reads a string)."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+                              list("-+0123456789"))
+
+
+def parse_yaml(text: str, where: str = "YAML") -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def load(cls: type, path: str, overrides: Sequence[str] = ()) -> Any:
+    """Reads a YAML file into dataclass `cls`; `overrides` are 'a.b=value', stages by name ('align.train.max_steps=10')."""
+    file = epath.Path(path)
+    if not file.exists():
+        raise ConfigError(f"Config {path} does not exist.")
+    tree = parse_yaml(file.read_text(), path)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must be a YAML mapping.")
+    for item in overrides:
+        key, sep, value = item.partition("=")
+        if not sep:
+            raise ConfigError(f"Override {item!r} must look like key=value.")
+        _override(tree, key.strip().lstrip("-").replace("-", "_"), parse_yaml(value, item))
+    return build(cls, tree, path)
+
+
+def _override(tree: dict, key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    node: Any = tree
+    for i, part in enumerate(parents):
+        stages = {s.get("name"): s for s in node.get("stages", [])} if i == 0 and isinstance(node, dict) else {}
+        if part in stages:
+            node = stages[part]
+            continue
+        if node.get(part) is None:
+            if stages and part not in {f.name for f in dataclasses.fields(Recipe)}:
+                raise ConfigError(f"Override {key}: no stage or key {part!r}.{nearest(part, stages)}")
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            raise ConfigError(f"Override {key}: {part!r} has no keys below it.")
+    node[last] = value
+
+
+def build(cls: type, tree: Any, where: str = "config") -> Any:
+    """A dataclass from plain data, field types checked, unknown keys refused."""
+    hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{where}: expected keys {sorted(fields)}, got {tree!r}.")
+    for key in tree:
+        if key not in fields:
+            raise ConfigError(f"{where}: unknown key {key!r}.{nearest(str(key), fields)} Known are {sorted(fields)}.")
+    missing = [n for n, f in fields.items() if n not in tree and f.default is dataclasses.MISSING
+               and f.default_factory is dataclasses.MISSING]
+    if missing:
+        raise ConfigError(f"{where}: missing {missing}.")
+    try:
+        return cls(**{k: _convert(hints[k], v, f"{where}: {k}") for k, v in tree.items()})
+    except ConfigError as error:
+        raise ConfigError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        options = [a for a in args if a is not type(None)]
+        for option in options[:-1]:
+            try:
+                return _convert(option, value, where)
+            except ConfigError:
+                continue
+        return _convert(options[-1], value, where)
+    if origin is typing.Literal:
+        if value not in args:
+            raise ConfigError(f"{where}: {value!r} is none of {list(args)}.")
+        return value
+    if dataclasses.is_dataclass(kind):
+        return build(kind, value, where)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: expected a mapping, got {value!r}.")
+        return {k: _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if origin in (tuple, list):
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where}: expected a list, got {value!r}.")
+        return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is bool and not isinstance(value, bool) or not isinstance(value, kind) or (
+            kind in (int, float) and isinstance(value, bool)):
+        raise ConfigError(f"{where}: expected {kind.__name__}, got {value!r}.")
+    return value
+
+
+def to_dict(value: Any) -> Any:
+    """Plain data of a config, for YAML and JSON."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {k: to_dict(v) for k, v in value.items()}
+    return [to_dict(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def dump(value: Any) -> str:
+    return yaml.safe_dump(to_dict(value), sort_keys=False, allow_unicode=True)

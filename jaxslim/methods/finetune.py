@@ -1,0 +1,33 @@
+"""`train`: CTC fine-tuning, and the control row of every recovery table (the teacher trained on, no surgery)."""
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from jaxslim.slim import Method, Slim, Term, inputs
+from jaxslim.train import losses
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetune(Method):
+    """Task loss only."""
+
+    freeze: tuple[str, ...] = ()   # regular expressions on parameter names, e.g. "feature_extractor"
+
+    def loss(self, student: Slim, targets, batch, key, step) -> dict[str, Term]:
+        out = student(key=key, **inputs(batch))
+        return {"ctc": ctc(student, out, batch)}
+
+    def group(self, name: str) -> str:
+        return "frozen" if stored_statistic(name) or any(re.search(p, name) for p in self.freeze) else "main"
+
+
+def ctc(student: Slim, out, batch) -> Term:
+    """CTC term of a forward pass."""
+    lengths = out.lengths if out.lengths is not None else out.logits.shape[1]
+    return losses.ctc(out.logits, lengths, batch["labels"], student.spec["pad_token_id"])[0]
+
+
+def stored_statistic(name: str) -> bool:
+    """Batch-norm statistics are read, never trained."""
+    return name.endswith(("running_mean", "running_var", "num_batches_tracked"))

@@ -1,0 +1,118 @@
+"""Device mesh, regex sharding rules, and global batches.
+
+Axes: `data` (batch), `fsdp` (batch and parameters), `tensor` (inside a layer). Parameters follow an ordered list of
+(regex, PartitionSpec); the first match wins, an axis that does not divide its dimension is dropped and logged once.
+"""
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+log = logging.getLogger(__name__)
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+# (out, in) weights: outputs of q, k, v, up are split over `tensor`, inputs of o, down; the other side over `fsdp`.
+RULES: tuple[tuple[str, P], ...] = (
+    (r"(q_proj|k_proj|v_proj|intermediate_dense)(\.up)?\.weight$", P("tensor", "fsdp")),
+    (r"(q_proj|k_proj|v_proj|intermediate_dense)\.bias$", P("tensor")),
+    (r"(out_proj|output_dense)(\.down)?\.weight$", P("fsdp", "tensor")),
+    (r"feature_[qk]\.weight$", P("tensor")),                                  # (H, F, K)
+    (r"projection\.weight$|lm_head\.weight$", P(None, "fsdp")),
+    (r"conv_layers\.\d+\.conv\.weight$", P("fsdp")),
+    (r"original1$|pos_conv_embed\.conv\.weight$", P("fsdp")),
+)
+
+
+class MeshError(ValueError):
+    """A mesh that the devices or the batch cannot fill."""
+
+
+def parse(text: str, devices: int) -> dict[str, int]:
+    """'data=4,fsdp=2' -> sizes of all axes; -1 takes the devices that are left."""
+    sizes = dict.fromkeys(AXES, 1)
+    for item in filter(None, text.replace(" ", "").split(",")):
+        name, _, value = item.partition("=")
+        if name not in AXES or not re.fullmatch(r"-1|[1-9]\d*", value):
+            raise MeshError(f"Mesh {text!r}: {item!r} is none of data=N, fsdp=N, tensor=N (N positive, or -1 once).")
+        sizes[name] = int(value)
+    fixed = int(np.prod([s for s in sizes.values() if s > 0]))
+    rest = [n for n, s in sizes.items() if s == -1]
+    if len(rest) > 1 or devices % fixed or (not rest and fixed != devices):
+        raise MeshError(f"Mesh {text!r} takes {fixed} devices{' times the rest' if rest else ''}, but there are "
+                        f"{devices}; make the product of the axes equal to it (-1 = the rest, once).")
+    return {n: devices // fixed if s == -1 else s for n, s in sizes.items()}
+
+
+def make(text: str = "data=-1", devices=None) -> Mesh:
+    """The mesh over all devices (of all processes)."""
+    devices = jax.devices() if devices is None else devices
+    sizes = parse(text, len(devices))
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def shards(mesh: Mesh) -> int:
+    """How many parts a batch is split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+@functools.lru_cache(maxsize=4096)
+def _once(message: str) -> None:
+    log.info(message)
+
+
+def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """PartitionSpec of the parameter `name`, by the first rule that matches; replicated without one."""
+    rule = next((p for pattern, p in RULES if re.search(pattern, name)), P())
+    axes = []
+    for i, axis in enumerate(rule[: len(shape)]):
+        if axis is not None and shape[i] % mesh.shape[axis]:
+            _once(f"{name} {shape}: dimension {i} is not divisible by {axis}={mesh.shape[axis]}; replicated there.")
+            axis = None
+        axes.append(axis if axis and mesh.shape[axis] > 1 else None)
+    while axes and axes[-1] is None:
+        axes.pop()
+    return P(*axes)
+
+
+def sharding(params: Mapping[str, jax.Array], mesh: Mesh) -> dict[str, NamedSharding]:
+    return {k: NamedSharding(mesh, spec_for(k.removeprefix("teacher/"), np.shape(v), mesh)) for k, v in params.items()}
+
+
+def like_params(tree, params: Mapping[str, NamedSharding], mesh: Mesh):
+    """Shardings of an optimiser state: a leaf follows the parameter in its path, the rest is replicated."""
+    replicated = NamedSharding(mesh, P())
+
+    def pick(path, leaf):
+        names = [k.key for k in path if isinstance(k, jax.tree_util.DictKey) and k.key in params]
+        return params[names[-1]] if names and np.ndim(leaf) else replicated
+
+    return jax.tree_util.tree_map_with_path(pick, tree)
+
+
+def place(params: Mapping[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
+    """Parameters on the mesh by the rules; every process holds the same host values."""
+    where = sharding(params, mesh)
+    return {k: put(v, where[k]) for k, v in params.items()}
+
+
+def put(x, where: NamedSharding) -> jax.Array:
+    if isinstance(x, jax.Array) and x.sharding == where:
+        return x
+    if jax.process_count() == 1:
+        return jax.device_put(x, where)
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+
+def batch(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch -> global arrays, split over data and fsdp."""
+    where = NamedSharding(mesh, BATCH)
+    return {k: jax.make_array_from_process_local_data(where, v) for k, v in rows.items()}

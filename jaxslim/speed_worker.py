@@ -1,0 +1,277 @@
+"""One measurement in a process of its own: `python -m jaxslim.speed_worker`, started by speed.py.
+
+The first line on stdin is a job (JSON); the answer holds what is known of the model and the times of compilation and of
+the first call. Each further line asks for one timed call. Also here: what a bench name means, and random weights.
+"""
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fnmatch
+import gc
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from jaxslim.spec import Spec, nearest
+
+RATE = 16000
+_LARGE = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, conv_bias=True,
+              feat_extract_norm="layer", do_stable_layer_norm=True)
+CONFIGS = {"wav2vec2-base": ("wav2vec2", {}), "wav2vec2-large-lv60": ("wav2vec2", _LARGE),
+           "hubert-base": ("hubert", {}), "hubert-large": ("hubert", _LARGE)}  # beside the family's defaults; CTC head
+JSON = "spec:"  # internal name: a Spec as JSON, random weights
+
+
+class BenchError(ValueError):
+    """A bench that cannot be run as asked; says what to do."""
+
+
+def random_model(spec: Spec, seed: int = 0):
+    """A Slim with random float32 weights: normal 0.02 (front end: He), norms 1, biases 0. For shapes without a file."""
+    from jaxslim.models import bind
+    from jaxslim.slim import Slim
+
+    def draw(rng, name, shape, dtype):
+        leaf = name.rsplit(".", 1)[-1]
+        if len(shape) < 2 or leaf == "original0":  # weight norm: gain 1; norms and variances 1; other vectors 0
+            ones = leaf in ("weight", "running_var", "original0")
+            return np.full(shape, float(ones), dtype)
+        std = (2 / np.prod(shape[1:])) ** 0.5 if "feature_extractor" in name else 0.02
+        return rng.standard_normal(shape, np.float32) * np.float32(std)
+
+    rng = np.random.default_rng(seed)
+    return Slim(spec, {k: draw(rng, k, x.shape, x.dtype) for k, x in bind.shapes(spec).items()})
+
+
+def resolve(name: str, seed: int = 0):
+    """The Slim behind a bench name (module docstring), with random weights where there is no file.
+
+    Returns:
+      (model, weights): weights is "loaded", "random" or "partly random".
+    Raises:
+      BenchError: unknown `config:` name, or a change that fits no block. hub.HubError, spec.SpecError.
+    """
+    from jaxslim import hub
+
+    if name.startswith(JSON):
+        return random_model(Spec(**json.loads(name.removeprefix(JSON))), seed), "random"
+    name, _, changes = name.partition("?")
+    if name.startswith("config:"):
+        key = name.removeprefix("config:")
+        if key not in CONFIGS:
+            raise BenchError(f"No stock shape {key!r}; known are {', '.join(CONFIGS)}.{nearest(key, CONFIGS)}")
+        family, config = CONFIGS[key]
+        return random_model(changed(Spec(config, family, "ctc"), changes), seed), "random"
+    model = hub.load(name)
+    if not changes:
+        return model, "loaded"
+    new = random_model(changed(model.spec, changes), seed)
+    kept = {k: model.params[k] for k, v in new.params.items() if k in model.params and model.params[k].shape == v.shape}
+    return new.replace(params=new.params | kept), "loaded" if len(kept) == len(new.params) else "partly random"
+
+
+def changed(spec: Spec, changes: str) -> Spec:
+    """`spec` with `PATTERN.field=value` (YAML), joined by `&`, in every block that fits a pattern."""
+    import yaml
+
+    from jaxslim.models.roles import blocks
+
+    for change in filter(None, changes.split("&")):
+        path, equals, value = change.partition("=")
+        pattern, _, field = path.rpartition(".")
+        found = fnmatch.filter(blocks(spec), pattern)
+        if not found or not equals:
+            raise BenchError(f"Change {change!r} fits no block; write BLOCK.FIELD=VALUE, such as "
+                             "encoder.*.attention.mixer=hedgehog.")
+        for block in found:
+            spec = spec.with_block(block, **{field: yaml.safe_load(value)})
+    return spec
+
+
+def wave(job: dict[str, Any]) -> np.ndarray:
+    """The input of a job, float32 (batch, samples): seeded noise, or a file repeated or cut to length."""
+    samples = round(job["seconds"] * RATE)
+    if job["wav"] is None:
+        return np.random.default_rng(job["seed"]).standard_normal((job["batch"], samples), np.float32) * np.float32(0.1)
+    from jaxslim.data import audio
+
+    return np.tile(np.resize(audio.load(job["wav"], RATE), samples), (job["batch"], 1))
+
+
+def setup_jax(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], Any], Callable[[], int] | None]:
+    """(facts, one forward pass, peak bytes of the device or None on a CPU) of a jaxslim model, compiled."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxslim import cost
+
+    jax.config.update("jax_enable_compilation_cache", False)  # compile time is measured, not looked up
+    model, weights = resolve(job["name"], job["seed"])
+    fingerprint, spec, seconds, device = model.fingerprint, model.spec, job["seconds"], jax.devices()[0]
+    dtype = jnp.dtype(job["dtype"] or jnp.float32)
+    params = {k: jnp.asarray(v, dtype if v.ndim > 1 and jnp.issubdtype(v.dtype, jnp.floating) else v.dtype)
+              for k, v in model.params.items()}
+    x = jnp.asarray(wave(job))
+    run_macs = cost.traced_macs(spec, seconds, job["batch"], attention=job["attention"])
+
+    def forward(model, x):
+        out = model(input_values=x, attention=job["attention"])
+        return out.last_hidden_state if out.logits is None else out.logits
+
+    model = model.replace(params=params)
+    start = time.perf_counter()
+    compiled = jax.jit(forward).lower(model, x).compile()
+    facts = {"compile_seconds": time.perf_counter() - start, "weights": weights, "fingerprint": fingerprint,
+             "dtype": dtype.name, "params": cost.params(spec), "gmacs": cost.macs(spec).total / 1e9,
+             "gmacs_here": cost.macs(spec, seconds, job["batch"]).total / 1e9, "gmacs_as_run": run_macs / 1e9,
+             "device": _cpu() if device.platform == "cpu" else device.device_kind,
+             "versions": _versions("jax", "jaxlib", "flax"), "exclusive": device.platform == "tpu"}
+    peak = None if device.platform == "cpu" else lambda: device.memory_stats()["peak_bytes_in_use"]
+    return facts, lambda: jax.block_until_ready(compiled(model, x)), peak
+
+
+def setup_torch(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], Any], Callable[[], int] | None]:
+    """The same of the stock transformers model in PyTorch: from its folder, or its config with random weights."""
+    import jax
+    import torch
+    import transformers
+
+    from jaxslim import hub
+
+    model, weights = resolve(job["name"], job["seed"])
+    spec = model.spec
+    path = hub.folder(job["name"]) if weights == "loaded" and not spec.blocks else None
+    del model
+    mode = job["engine"].split()[-1]
+    cuda = jax.default_backend() == "gpu"
+    if cuda and not torch.cuda.is_available():
+        raise BenchError("The baseline torch would run on the CPU: this PyTorch sees no GPU. Install one with CUDA.")
+    torch.set_num_threads(job["threads"])
+    x = wave(job)
+    frames = x.shape[1] // int(np.prod(spec["conv_stride"]))
+    scores, free = 2 * 4 * x.shape[0] * spec["num_attention_heads"] * frames**2, _free()
+    if mode == "eager" and not cuda and free and scores > 0.8 * free:
+        raise MemoryError(f"not run: eager attention needs about {scores / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
+    cls = {"ctc": transformers.AutoModelForCTC, "none": transformers.AutoModel}[spec.head]
+    kwargs = dict(attn_implementation=mode, dtype=getattr(torch, job["dtype"] or "float32"))
+    if path is None:
+        config = transformers.CONFIG_MAPPING[spec.family].from_dict(dict(spec.config))
+        model = cls.from_config(config, **kwargs)
+    else:
+        model = cls.from_pretrained(path, **kwargs)
+    device = torch.device("cuda" if cuda else "cpu")
+    model, x = model.eval().to(device), torch.from_numpy(x).to(device, kwargs["dtype"])
+
+    def call():
+        with torch.inference_mode():
+            model(x)
+        if cuda:
+            torch.cuda.synchronize()
+
+    facts = {"weights": "loaded" if path else "random", "dtype": str(x.dtype).removeprefix("torch."),
+             "params": sum(p.numel() for p in model.parameters()),
+             "device": torch.cuda.get_device_name() if cuda else _cpu(), "versions": _versions("torch", "transformers"),
+             "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"), "exclusive": False}
+    return facts, call, torch.cuda.max_memory_allocated if cuda else None
+
+
+def cpu_numbers() -> list[int]:
+    """The CPUs that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def _versions(*names: str) -> dict[str, str]:
+    return {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in ("jaxslim", *names)}}
+
+
+def _cpu() -> str:
+    """What the CPU calls itself."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _free() -> int:
+    """Bytes of memory that a process can still get; 0 = unknown."""
+    with contextlib.suppress(OSError), open("/proc/meminfo") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def _rss(peak: bool) -> int:
+    """Resident bytes of this process, now or at most since `_reset_peak`."""
+    with contextlib.suppress(OSError), open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith("VmHWM:" if peak else "VmRSS:"):
+                return int(line.split()[1]) * 1024
+    import resource  # not Linux: the highest ever stands for both, so the difference is a lower bound
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _reset_peak() -> None:
+    """Gives freed memory back and forgets the peak that loading and compiling left."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print does not get between the answers
+
+    def timed(call):
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    def answer(make):
+        try:
+            reply = make()
+        except (ValueError, ImportError) as error:  # hub, spec, bench and data errors: the request was wrong
+            reply = {"error": str(error), "usage": True}
+        except Exception as error:
+            reply = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        print(json.dumps(reply), file=answers, flush=True)
+        return "error" not in reply
+
+    job, state = json.loads(sys.stdin.readline()), {}
+
+    def first():
+        cpus = cpu_numbers()
+        if job["threads"] < len(cpus) and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, cpus[:job["threads"]])
+        setup = setup_torch if job["engine"].startswith("torch") else setup_jax
+        facts, state["call"], state["peak"] = setup(job)
+        _reset_peak()
+        state["before"] = _rss(peak=False)
+        facts |= {k: job[k] for k in ("model", "engine", "batch", "threads")}
+        return facts | {"audio_seconds": job["seconds"], "load": round(os.getloadavg()[0], 2),
+                        "first_seconds": timed(state["call"])}
+
+    def again():
+        seconds = timed(state["call"])
+        return {"seconds": seconds, "peak_bytes": (state["peak"] or (lambda: _rss(peak=True) - state["before"]))()}
+
+    if answer(first):
+        while sys.stdin.readline() and answer(again):
+            pass
+
+
+if __name__ == "__main__":
+    main()

@@ -135,7 +135,8 @@ def setup_jax(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], Any], C
              "gmacs_here": cost.macs(spec, seconds, job["batch"]).total / 1e9, "gmacs_as_run": run_macs / 1e9,
              "device": _cpu() if device.platform == "cpu" else device.device_kind,
              "versions": _versions("jax", "jaxlib", "flax"), "exclusive": device.platform == "tpu"}
-    peak = None if device.platform == "cpu" else lambda: device.memory_stats()["peak_bytes_in_use"]
+    counted = "peak_bytes_in_use" in (device.memory_stats() or {})  # GPU, TPU; a CPU has no such count
+    peak = (lambda: device.memory_stats()["peak_bytes_in_use"]) if counted else None
     return facts, lambda: jax.block_until_ready(compiled(model, x)), peak
 
 

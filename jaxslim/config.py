@@ -51,6 +51,7 @@ class Train:
 
     max_steps: int = 1000
     per_device_train_batch_size: int = 8       # rows a device takes in one microbatch
+    per_device_batch_seconds: float = 0.0      # instead of rows: seconds of audio a device takes, padding included
     gradient_accumulation_steps: int = 1
     groups: dict[str, Group] = dataclasses.field(default_factory=lambda: {"main": Group()})
     max_grad_norm: float = 1.0                 # 0 = no clipping
@@ -64,6 +65,7 @@ class Train:
     eval_steps: int = 0                        # validation WER every so often; 0 = never
     min_seconds: float = 0.1
     max_seconds: float = 30.0
+    buckets: tuple[float, ...] = ()            # lengths in seconds, one compiled step each; () = chosen from the data
     speed_perturb: tuple[float, ...] = ()      # e.g. [0.9, 1.0, 1.1]
     max_nonfinite_steps: int = 20              # so many in a row stop the run
 

@@ -6,6 +6,7 @@ Parameters are created as shapes; `bind.py` puts the arrays in. Norms, softmax a
 """
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -139,14 +140,22 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def conv1d(x: jax.Array, w: jax.Array, stride: int, call: Call) -> jax.Array:
-    """Convolution over time without padding: x (B, T, C), w (out, C, W) -> (B, T', out).
+    """Convolution over time without padding: x (B, T, C), w (out, C, W) -> (B, T', out)."""
+    return (_conv1d_cpu if call.on_cpu() else _conv1d)(x, w.astype(x.dtype), stride)
 
-    On CPU XLA's convolutions are slow, their gradients more so: there it is one matrix product for each `stride` taps,
-    on frames folded `stride` at a time. The same multiply-adds, no copies of the input.
-    """
-    if not call.on_cpu():
-        return jax.lax.conv_general_dilated(x, w.astype(x.dtype), (stride,), "VALID",
-                                            dimension_numbers=("NWC", "OIW", "NWC"))
+
+def _conv1d(x, w, stride):
+    return jax.lax.conv_general_dilated(x, w, (stride,), "VALID", dimension_numbers=("NWC", "OIW", "NWC"))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _conv1d_cpu(x, w, stride):
+    """The same; on CPU XLA's convolution is fast, but its gradients are not: they are those of `_conv1d_matmul`."""
+    return _conv1d(x, w, stride)
+
+
+def _conv1d_matmul(x, w, stride):
+    """One matrix product for each `stride` taps, on frames folded `stride` at a time."""
     (rows, length, channels), width = x.shape, w.shape[2]
     out = (length - width) // stride + 1
     folds = -(-width // stride)
@@ -158,6 +167,10 @@ def conv1d(x: jax.Array, w: jax.Array, stride: int, call: Call) -> jax.Array:
         taps = w[:, j * stride * channels : (j + 1) * stride * channels]
         y = y + matmul(x[:, j : j + out, : taps.shape[1]], taps)
     return y
+
+
+_conv1d_cpu.defvjp(lambda x, w, stride: (_conv1d(x, w, stride), (x, w)),
+                   lambda stride, kept, dy: jax.vjp(lambda x, w: _conv1d_matmul(x, w, stride), *kept)[1](dy))
 
 
 def grouped_conv1d(x: jax.Array, w: jax.Array, groups: int, padding: tuple[int, int], call: Call) -> jax.Array:
@@ -180,7 +193,8 @@ def grouped_conv1d(x: jax.Array, w: jax.Array, groups: int, padding: tuple[int, 
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=False)
+    """Exact GELU; jax.nn.gelu goes through erfc, which is 2.7 times slower on CPU."""
+    return x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5))
 
 
 ACTIVATIONS = {"gelu": gelu, "relu": jax.nn.relu, "silu": jax.nn.silu, "swish": jax.nn.silu, "tanh": jnp.tanh,

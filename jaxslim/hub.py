@@ -452,7 +452,7 @@ def _write(model: Slim, target: pathlib.Path, carried, dtype) -> None:
         raise HubError(str(error)) from error
     floats = {str(v.dtype) for v in params.values() if jnp.issubdtype(v.dtype, jnp.floating)}
     store = None if dtype is None else jnp.dtype(dtype)
-    tensors = {k: np.ascontiguousarray(_stored(v, store)) for k, v in sorted(params.items())}
+    tensors = {k: np.asarray(_stored(v, store), order="C") for k, v in sorted(params.items())}
     config = {**model.spec.config, "architectures": [_architecture(model.spec.family, model.spec.head)],
               "model_type": model.spec.family, "dtype": floats.pop() if len(floats) == 1 else "float32"}
     if model.spec.blocks:

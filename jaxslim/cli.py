@@ -126,8 +126,9 @@ def _eval(args) -> None:
 def _bench(args) -> None:
     from jaxslim import speed
 
-    rows = speed.bench(args.model, seconds=tuple(float(s) for s in args.seconds.split(",")), batch=args.batch_size,
-                       dtype=args.dtype, baseline=args.baseline)
+    rows = speed.main_rows(args.model, args.seconds, args.baseline, batch=args.batch_size, dtype=args.dtype,
+                           repeats=args.repeats, threads=args.threads, wav=args.wav,
+                           progress=lambda line: print(line, file=sys.stderr))
     _print(args, rows, speed.table(rows))
 
 
@@ -190,9 +191,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--predictions", metavar="FILE", help="write references and hypotheses as JSON lines")
     p = command("bench", _bench, "compile, first and steady time and peak memory by audio length")
     p.add_argument("model")
-    p.add_argument("--baseline", help="torch, or another model, measured in the same run")
+    p.add_argument("--baseline", help="torch, torch:MODEL or another model, measured in the same run; several with commas")
     p.add_argument("--seconds", default="1,10,60", help="audio lengths, comma separated (default 1,10,60)")
     p.add_argument("--batch-size", type=int, default=1)
+    p.add_argument("--repeats", type=int, default=9, help="timed calls of each participant (default 9)")
+    p.add_argument("--threads", type=int, help="CPU threads, the same for all (default: all)")
+    p.add_argument("--wav", help="audio file to feed; default seeded noise")
     p.add_argument("--dtype", choices=("float32", "bfloat16"))
     p = command("transcribe", _transcribe, "text of audio files of any length and rate", json_output=False)
     p.add_argument("model")

@@ -94,6 +94,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     seed: int = 0
     control: bool = True                       # also train the untouched teacher on the same steps (DESIGN 6)
+    bench_seconds: tuple[float, ...] = (1.0, 10.0, 60.0)   # audio lengths at which speed and memory are measured
 
     def __post_init__(self):
         names = [s.name for s in self.stages]

@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 
 from jaxslim import __version__
 from jaxslim.models import bind
-from jaxslim.models.roles import PREFIX
+from jaxslim.models.roles import prefix
 from jaxslim.slim import Slim
 from jaxslim.spec import Spec, SpecError, nearest
 
@@ -203,7 +203,7 @@ def compare(model: Slim, reference: str | os.PathLike, seconds: float = 1.0, tol
     torch_model = getattr(transformers, _architecture(model.spec.family, model.spec.head)).from_pretrained(
         reference, dtype=torch.float32).eval()
     wave = np.random.default_rng(0).standard_normal((1, int(16000 * seconds)), np.float32)
-    encoder = getattr(torch_model, PREFIX[model.spec.family]) if model.spec.head != "none" else torch_model
+    encoder = torch_model.get_submodule(prefix(model.spec).rstrip("."))  # "" is the model itself
     want = {}
     for tap, module in (("frontend", encoder.feature_extractor), ("projection", encoder.feature_projection)):
         module.register_forward_hook(lambda _, __, out, tap=tap: want.__setitem__(tap, out))
@@ -400,7 +400,7 @@ def _rename(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _trim(weights: dict[str, np.ndarray], spec: Spec, want: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Weights as the model names them: encoder without prefix, no leftovers of pre-training, optional ones there."""
     if spec.head == "none":
-        inner = PREFIX[spec.family] + "."
+        inner = prefix(spec.replace(head="ctc"))  # what the encoder is called inside a model with a head
         weights = {k.removeprefix(inner): v for k, v in weights.items()}
         weights = {k: v for k, v in weights.items() if not re.match(LEFTOVERS[spec.family], k)}
     weights = {k: v for k, v in weights.items() if k in want or not re.fullmatch(OPTIONAL, k)}

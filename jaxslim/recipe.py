@@ -1,32 +1,217 @@
-"""Recipes: stages run one after another, each saved and resumable; the control; and `jaxslim train`.
+"""Recipes: stages run one after another, each saved and resumable, measured beside the teacher and a control.
 
-    DIR/<nn-name>/   HF folder + stage.json (written last: its presence says the stage is finished), metrics.jsonl
-    DIR/control/     the teacher trained on with the same data, steps and learning rate, no surgery (DESIGN 6)
-    DIR/final/       the last stage's model         DIR/summary.json   scores, sizes and speed of all of them
+    DIR/<nn-name>/     a finished stage: HF folder, stage.json, metrics.jsonl, TensorBoard events
+    DIR/<nn-name>.partial/   one in work: its checkpoints; gone when it is finished
+    DIR/control-<name>/      the control: the teacher trained on, same data, steps and rates, no surgery (DESIGN 6)
+    DIR/final/  DIR/summary.json  DIR/predictions-ROLE.jsonl  DIR/speed.json  DIR/report.html
 """
 from __future__ import annotations
 
 import dataclasses
 import json
 import logging
+import os
+import shutil
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from etils import epath
 
 from jaxslim import config, cost, hub
-from jaxslim.evaluate import evaluate
 from jaxslim.config import ConfigError, Recipe, Stage, Train
 from jaxslim.data import Batches, CTCTask, load_rows
 from jaxslim.data.audio import speed_perturb
+from jaxslim.evaluate import evaluate
 from jaxslim.methods import METHODS
+from jaxslim.score import paired_bootstrap
 from jaxslim.slim import Method, Slim
 from jaxslim.spec import nearest
 from jaxslim.train import loop
 from jaxslim.train import mesh as M
+from jaxslim.train.step import groups
 
 log = logging.getLogger(__name__)
+
+
+def run(path: str, output: str, overrides: Sequence[str] = (), *, overwrite: bool = False) -> dict[str, Any]:
+    """Runs a recipe's stages into `output` and returns its summary. Run again, it goes on where it stood.
+
+    Raises:
+      ConfigError: the recipe, or a finished stage in `output` that was made with another config or parent; nothing is
+        removed unless `overwrite`.
+    """
+    recipe, folder = config.load(Recipe, path, overrides), epath.Path(output)
+    methods = [method_of(s) for s in recipe.stages]          # every option is checked before any work
+    teacher, task = hub.load(recipe.teacher), CTCTask.from_pretrained(hub.folder(recipe.teacher))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(config.dump(recipe))
+    work = _Work(recipe, folder, teacher, task, overwrite)
+    model, stages = teacher, []
+    for i, (stage, method) in enumerate(zip(recipe.stages, methods, strict=True), 1):
+        model, info = work.stage(f"{i:02d}-{stage.name}", stage, method, model)
+        stages.append(info)
+    hub.save(model, folder / "final", source=recipe.teacher)
+    control, info = teacher, None
+    for stage, method in zip(recipe.stages, methods, strict=True):
+        if recipe.control and stage.train and (same := method.control()) is not None:
+            control, info = work.stage(f"control-{stage.name}", stage, same, control)
+    return work.summary(path, model, stages, control if info else None, info)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """A recipe in its run folder."""
+
+    recipe: Recipe
+    folder: epath.Path
+    teacher: Slim
+    task: CTCTask
+    overwrite: bool
+
+    def stage(self, name: str, stage: Stage, method: Method, parent: Slim) -> tuple[Slim, dict]:
+        """A finished stage from its folder, or run now. Returns its model and what stage.json says."""
+        target, partial = self.folder / name, self.folder / f"{name}.partial"
+        wanted = json.loads(json.dumps({
+            "method": type(method).__name__.lower(), "options": config.to_dict(method),
+            "train": stage.train and config.to_dict(stage.train), "data": self.recipe.data.train,
+            "seed": self.recipe.seed, "teacher": self.teacher.fingerprint, "parent": parent.fingerprint}))
+        if (target / "stage.json").exists():
+            info = json.loads((target / "stage.json").read_text())
+            differs = [f"{k}: {info['config'].get(k)!r} then, {v!r} now" for k, v in _flat(wanted).items()
+                       if _flat(info["config"]).get(k) != v]
+            if not differs:
+                log.info("%s: finished before.", name)
+                return hub.load(target), info
+            if not self.overwrite:
+                raise ConfigError(f"{target} was made with another config ({'; '.join(differs[:4])}). Choose another "
+                                  "--output, or --overwrite to run it again.")
+        log.info("%s: %s", name, method)
+        started, trained = time.monotonic(), 0
+        mesh = M.make(stage.train.mesh if stage.train else "data=-1")
+        cfg = stage.train or Train()
+        batches = training_batches(self.recipe.data.train, self.task, cfg, mesh)
+        student = method.start(parent, batches, jax.random.key(self.recipe.seed))
+        if stage.train:
+            trained = sum(student.params[k].size for k in groups(method, student.params, cfg))
+            student = loop.run(method, student, self.teacher, cfg, batches, partial, mesh=mesh, name=name,
+                               validate=validation(self.recipe.data.validation, self.task))
+        student = method.finish(student, batches)
+        info = {"name": stage.name, "path": name, "config": wanted, "fingerprint": student.fingerprint,
+                "params": [cost.params(m.spec) for m in (parent, student)],
+                "gmacs": [cost.macs(m.spec).total / 1e9 for m in (parent, student)], "trained_params": trained,
+                "scores": self.validate(student), "seconds": round(time.monotonic() - started, 1)}
+        if jax.process_index() == 0:
+            if target.exists():
+                target.rmtree()
+            hub.save(student, target, source=self.recipe.teacher)
+            for left in ("metrics.jsonl", "tensorboard"):
+                if (partial / left).exists():
+                    shutil.move(os.fspath(partial / left), os.fspath(target / left))
+            _write_json(target / "stage.json", info)
+            if partial.exists():
+                partial.rmtree()
+        return student, info
+
+    def validate(self, model: Slim) -> dict[str, float]:
+        check = validation(self.recipe.data.validation, self.task)
+        return {k: check(model)[k] for k in ("wer", "cer")} if check else {}
+
+    def summary(self, path: str, student: Slim, stages: list[dict], control: Slim | None, info) -> dict[str, Any]:
+        """Scores, sizes and speed of teacher, control and student; what an earlier run measured is kept."""
+        from jaxslim import report, speed
+
+        try:
+            old = json.loads((self.folder / "summary.json").read_text())
+        except (OSError, ValueError):
+            old = {}
+        models = {"teacher": (self.teacher, self.recipe.teacher, 0), "student": (student, "final", stages[-1]["trained_params"])}
+        if control is not None:
+            models["control"] = (control, info["path"], info["trained_params"])
+        result: dict[str, Any] = {"version": 1, "recipe": path}
+        for role, (model, place, trained) in models.items():
+            before = old.get(role, {})
+            if before.get("fingerprint") == model.fingerprint and before.get("data") == self.recipe.data.test:
+                result[role] = before
+                continue
+            entry = {"path": os.fspath(place), "fingerprint": model.fingerprint, "data": self.recipe.data.test,
+                     "params": cost.params(model.spec), "trained_params": trained,
+                     "gmacs": cost.macs(model.spec).total / 1e9}
+            if self.recipe.data.test:
+                log.info("Evaluating the %s on %s.", role, self.recipe.data.test)
+                scores = evaluate(model, self.recipe.data.test, task=self.task,
+                                  predictions=self.folder / f"predictions-{role}.jsonl")
+                entry |= {k: v for k, v in scores.items() if isinstance(v, int | float | str)}
+            result[role] = entry
+        result["stages"] = [{k: s[k] for k in ("name", "path", "seconds")} for s in stages]
+        if control is not None and self.recipe.data.test:
+            result["student_minus_control"] = self.paired()
+        if self.recipe.bench_seconds:
+            rows = old.get("speed_of") == [student.fingerprint, list(self.recipe.bench_seconds)] and json.loads(
+                (self.folder / "speed.json").read_text())
+            if not rows:
+                log.info("Measuring speed and memory at %s s.", ", ".join(f"{s:g}" for s in self.recipe.bench_seconds))
+                rows = speed.bench(self._where(self.recipe.teacher), seconds=self.recipe.bench_seconds, repeats=5,
+                                   baseline=os.fspath(self.folder / "final"), progress=log.info)
+                for row in rows:
+                    row["role"] = "student" if row["model"].endswith("final") else "teacher"
+                _write_json(self.folder / "speed.json", rows)
+            result["speed_of"] = [student.fingerprint, list(self.recipe.bench_seconds)]
+            for row in rows:
+                if row.get("audio_seconds") == 10 and "error" not in row:
+                    result[row["role"]] |= {k: row[k] for k in ("seconds_per_second", "peak_bytes") if k in row}
+        _write_json(self.folder / "summary.json", result)
+        if self.recipe.data.test:
+            report.save_clips(self.folder, self.recipe.data.test)
+        log.info("Report: %s", report.report(self.folder))
+        return result
+
+    def paired(self) -> dict[str, float]:
+        """WER of the student less that of the control, with its paired 90 % interval (DESIGN 6)."""
+        counts = []
+        for role in ("student", "control"):
+            rows = (json.loads(line) for line in (self.folder / f"predictions-{role}.jsonl").read_text().splitlines())
+            counts.append({r["id"]: (r["errors"], r["words"]) for r in rows if "words" in r})
+        ids = [i for i in counts[0] if i in counts[1]]
+        delta, low, high = paired_bootstrap([counts[0][i][0] for i in ids], [counts[1][i][0] for i in ids],
+                                            [counts[0][i][1] for i in ids], level=0.90)
+        return {"wer": delta, "low": low, "high": high, "level": 0.90}
+
+    @staticmethod
+    def _where(name: str) -> str:
+        return name if name.startswith("bundled:") else os.fspath(hub.folder(name))
+
+
+def demo(output: str) -> int:
+    """`jaxslim demo`: the bundled recipe on bundled model and speech."""
+    from rich.console import Console
+
+    from jaxslim import report
+
+    started = time.monotonic()
+    recipe = epath.resource_path("jaxslim") / "assets" / "demo.yaml"
+    summary = run(os.fspath(recipe), output)
+    console = Console(width=None)
+    console.print(report.console(summary))
+    if (d := summary.get("student_minus_control")) is not None:
+        console.print(f"WER of the student less the control's: {100 * d['wer']:+.1f} points "
+                      f"(90 % interval {100 * d['low']:+.1f} to {100 * d['high']:+.1f}).")
+    console.print(f"{time.monotonic() - started:.0f} s. Page: {output}/report.html   Model: {output}/final", soft_wrap=True)
+    return 0
+
+
+def _flat(tree: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {name: tree}
+    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{name}.{key}" if name else key).items()}
+
+
+def _write_json(path: epath.Path, value: Any) -> None:
+    """All or nothing: a reader never sees half a file."""
+    temporary = path.parent / f".{path.name}.tmp"
+    temporary.write_text(json.dumps(value, indent=1, default=str))
+    temporary.rename(path)
 
 
 def method_of(stage: Stage) -> Method:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,3 +105,25 @@ def _resample(columns: np.ndarray, seed: int) -> np.ndarray:
 def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def compare(rows_a: Sequence[Mapping[str, Any]], rows_b: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+    """Paired difference of two predictions files (rows as evaluate writes them), over the utterances in both.
+
+    Returns:
+      n, delta (WER of a minus WER of b), low, high (95 %), upper (upper end of the 90 % interval); None if they have no
+      utterance, or no word, in common. Rows without counts, as of other tools, are scored here.
+    """
+    name = lambda row: str(row.get("id", row.get("audio_filepath")))  # noqa: E731
+    a, b = ({name(row): row for row in rows} for rows in (rows_a, rows_b))
+    pairs = [(a[i], b[i]) for i in a if i in b]
+    sides = [[pair[k] for pair in pairs] for k in (0, 1)]
+    if not all("errors" in row and "words" in row for side in sides for row in side):
+        sides = [score([r["text"] for r in side], [r["pred_text"] for r in side]).utterances for side in sides]
+    first, second = ([row["errors"] for row in side] for side in sides)
+    words = [row["words"] for row in sides[0]]
+    if not sum(words):
+        return None
+    delta, low, high = paired_bootstrap(first, second, words)
+    upper = paired_bootstrap(first, second, words, level=0.90)[2]
+    return {"n": len(pairs), "delta": delta, "low": low, "high": high, "upper": upper}

@@ -142,6 +142,10 @@ class Method:
         """'frozen' or a key of train.groups."""
         return "main"
 
+    def control(self) -> Method | None:
+        """What the control trains in place of this stage; None when the stage has no task loss."""
+        return None
+
     def finish(self, student: Slim, batches: Batches) -> Slim:
         """Fold, cut, merge; drops every name starting 'aux.'"""
         return student.replace(params={k: v for k, v in student.params.items() if not k.startswith("aux.")})

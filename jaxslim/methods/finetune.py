@@ -18,6 +18,9 @@ class Finetune(Method):
         out = student(key=key, **inputs(batch))
         return {"ctc": ctc(student, out, batch)}
 
+    def control(self) -> Method:
+        return self
+
     def group(self, name: str) -> str:
         return "frozen" if stored_statistic(name) or any(re.search(p, name) for p in self.freeze) else "main"
 

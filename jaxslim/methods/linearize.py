@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxslim.methods.finetune import ctc, stored_statistic
+from jaxslim.methods.finetune import Finetune, ctc, stored_statistic
 from jaxslim.models import bind, layers, roles
 from jaxslim.slim import Method, Slim, Term, inputs
 from jaxslim.spec import SpecError
@@ -110,6 +110,11 @@ class Linearize(Method):
                 kl = losses.kl(out.logits, targets["logits"], mask, self.temperature)
                 terms["kl"] = kl._replace(weight=self.logit_weight)
         return terms
+
+    def control(self) -> Method | None:
+        if self.objective == "align":
+            return None
+        return Finetune(freeze=("feature_extractor",) if self.freeze_frontend else ())
 
     def group(self, name: str) -> str:
         if stored_statistic(name):

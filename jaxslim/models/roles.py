@@ -1,27 +1,46 @@
 """Block ids and the Hugging Face names behind them: the only place that knows both.
 
-Block ids are the same for all families: `frontend.I`, `encoder.I`, `encoder.I.attention`, `encoder.I.ffn`, `head`.
-Recipes, taps, gates, reports and errors speak of blocks; parameters carry Hugging Face names.
+Block ids are the same for all families: `frontend.I`, `encoder.I`, `encoder.I.attention`, `encoder.I.ffn` (Conformers:
+`ffn1`, `ffn2`, `conv`), `decoder.I.attention`, `decoder.I.cross`, `decoder.I.ffn`, `head`. Recipes, taps, gates,
+reports and errors speak of blocks; parameters carry Hugging Face names.
 """
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from jaxslim.spec import Spec
 
-# family -> prefix of the encoder inside a model with a head ("" without one)
-PREFIX = {"wav2vec2": "wav2vec2", "hubert": "hubert"}
+
+class Family(NamedTuple):
+    """Names of one family. `{}` is the layer number; names of roles are relative to the layer (or front-end layer)."""
+
+    prefix: str                          # of the encoder inside a model with a head
+    layer: dict[str, str]                # "encoder" (and "decoder") -> a layer's name
+    parts: dict[str, dict[str, str]]     # part of a layer -> role -> name; "owner" is the part itself
+    frontend: str = ""                   # a front-end layer's name
+
+
+QKVO = {"owner": "attention", "q": "attention.q_proj", "k": "attention.k_proj", "v": "attention.v_proj",
+        "o": "attention.out_proj", "norm": "layer_norm"}
+FFN = {"owner": "feed_forward", "up": "feed_forward.intermediate_dense", "down": "feed_forward.output_dense",
+       "norm": "final_layer_norm"}
+SPEECH = Family("wav2vec2", {"encoder": "encoder.layers.{}"}, {"attention": QKVO, "ffn": FFN},
+                "feature_extractor.conv_layers.{}")
+FAMILIES = {"wav2vec2": SPEECH, "hubert": SPEECH._replace(prefix="hubert")}
 HEADS = {"ctc": "lm_head"}
 
 
 def prefix(spec: Spec) -> str:
     """'wav2vec2.' for a model with a head, '' for the bare encoder."""
-    return "" if spec.head == "none" else PREFIX[spec.family] + "."
+    return "" if spec.head == "none" else FAMILIES[spec.family].prefix + "."
 
 
 def blocks(spec: Spec) -> tuple[str, ...]:
     """All block ids of a model, front to back."""
-    front = [f"frontend.{i}" for i in range(len(spec["conv_dim"]))]
-    layers = [b for i in range(spec["num_hidden_layers"]) for b in (f"encoder.{i}.attention", f"encoder.{i}.ffn")]
-    return (*front, *layers, *(["head"] if spec.head != "none" else []))
+    family = FAMILIES[spec.family]
+    front = [f"frontend.{i}" for i in range(len(spec["conv_dim"]))] if family.frontend else []
+    inner = [f"{layer}.{part}" for layer in layers(spec) for part in family.parts]
+    return (*front, *inner, *(["head"] if spec.head != "none" else []))
 
 
 def layers(spec: Spec) -> tuple[str, ...]:
@@ -30,21 +49,15 @@ def layers(spec: Spec) -> tuple[str, ...]:
 
 
 def roles(spec: Spec, block: str) -> dict[str, str]:
-    """Role -> HF module name (no `.weight`): owner, q, k, v, o | owner, up, down | owner, conv, norm."""
-    p = prefix(spec)
-    part, *rest = block.split(".")
-    if part == "frontend":
-        owner = f"{p}feature_extractor.conv_layers.{rest[0]}"
-        return {"owner": owner, "conv": f"{owner}.conv", "norm": f"{owner}.layer_norm"}
-    if part == "head":
+    """Role -> HF module name (no `.weight`): owner, q, k, v, o, norm | owner, up, down, norm | owner, conv, norm."""
+    family, p = FAMILIES[spec.family], prefix(spec)
+    side, *rest = block.split(".")
+    if side == "head":
         return {"owner": HEADS[spec.head]}
-    owner = f"{p}encoder.layers.{rest[0]}"
-    if rest[1:] == ["attention"]:
-        a = f"{owner}.attention"
-        return {"owner": a, "q": f"{a}.q_proj", "k": f"{a}.k_proj", "v": f"{a}.v_proj", "o": f"{a}.out_proj",
-                "norm": f"{owner}.layer_norm"}
-    if rest[1:] == ["ffn"]:
-        f = f"{owner}.feed_forward"
-        return {"owner": f, "up": f"{f}.intermediate_dense", "down": f"{f}.output_dense",
-                "norm": f"{owner}.final_layer_norm"}
-    return {"owner": owner}
+    if side == "frontend":
+        owner = p + family.frontend.format(rest[0])
+        return {"owner": owner, "conv": f"{owner}.conv", "norm": f"{owner}.layer_norm"}
+    owner = p + family.layer[side].format(rest[0])
+    if len(rest) == 1:
+        return {"owner": owner}
+    return {role: f"{owner}.{name}" for role, name in family.parts[rest[1]].items()}

@@ -13,7 +13,7 @@ from flax import nnx
 
 from jaxslim.models import layers as L
 from jaxslim.models.mixers import Attention
-from jaxslim.models.roles import PREFIX, roles
+from jaxslim.models.roles import FAMILIES, roles
 from jaxslim.slim import Outputs
 from jaxslim.spec import Spec, SpecError
 
@@ -216,7 +216,7 @@ class WithHead(nnx.Module):
     """`Wav2Vec2ForCTC` / `HubertForCTC`."""
 
     def __init__(self, spec: Spec):
-        self.inner, self.rate = PREFIX[spec.family], spec["final_dropout"]
+        self.inner, self.rate = FAMILIES[spec.family].prefix, spec["final_dropout"]
         setattr(self, self.inner, Encoder(spec))
         setattr(self, roles(spec, "head")["owner"], L.Linear(spec["hidden_size"], spec["vocab_size"]))
 

@@ -13,6 +13,7 @@ from jaxslim.data import CTCTask, DataError, Rows, load_rows
 from jaxslim.data.audio import load
 from jaxslim.evaluate import bootstrap, evaluate, frame_agreement, paired_bootstrap, render, score, transcribe
 from jaxslim.models import bind
+from jaxslim.score import compare
 from jaxslim.slim import Slim
 from jaxslim.spec import Spec
 from jaxslim.train.log import wav_bytes
@@ -232,3 +233,13 @@ def test_a_model_by_name_brings_its_vocabulary(tmp_path):
     named = evaluate(str(tmp_path / "m"), str(manifest), progress=False).utterances
     given = evaluate(hub.load(tmp_path / "m"), load_rows(manifest), task=task_of(), progress=False).utterances
     assert [u["pred_text"] for u in named] == [u["pred_text"] for u in given]
+
+
+def test_compare_pairs_predictions_files_by_id():
+    texts = ["a b c d", "e f", "g h i"]
+    a = [{"id": i, "text": t, "pred_text": "a x c d" if i == 0 else t} for i, t in enumerate(texts)]
+    b = [{"id": i, "text": t, "pred_text": t, "words": len(t.split()), "errors": 0} for i, t in enumerate(texts)]
+    found = compare(a, [*reversed(b), {"id": 9, "text": "z", "pred_text": ""}])  # a has no counts: scored here
+    assert found["n"] == 3 and found["delta"] == pytest.approx(1 / 9)
+    assert found["low"] == 0 < found["upper"] <= found["high"]
+    assert compare(a, []) is None

@@ -250,11 +250,24 @@ def transcribe(model: Slim | str, files: Iterable[str | os.PathLike], *, task: C
     return rows
 
 
-def render(transcripts: Sequence[dict[str, Any]], output_format: str = "txt") -> str:
-    """Transcripts as text: "txt" (one line a file, led by its name if there are several) or "json" (a list)."""
-    if output_format == "json":
-        return json.dumps(transcripts, ensure_ascii=False, indent=2) + "\n"
-    if output_format != "txt":
-        raise ValueError(f"Output format {output_format!r} is not known; choose txt or json.")
-    lead = (lambda row: f"{row['file']}\t") if len(transcripts) > 1 else (lambda row: "")
-    return "".join(f"{lead(row)}{row['text']}\n" for row in transcripts if "error" not in row)
+def render(result: Result) -> str:
+    """What `evaluate` returned, in a few lines for the terminal."""
+    if result["wer"] is None:
+        rates = f"No reference words: {result['insertions']} words were heard where there are none."
+    else:
+        rates = (f"WER {100 * result['wer']:.1f} % (95 % interval {100 * result['wer_low']:.1f} to "
+                 f"{100 * result['wer_high']:.1f}), CER {100 * result['cer']:.1f} %")  # fmt: skip
+    lines = [
+        rates,
+        f"{result['n']} clips, {result['words']} words: {result['substitutions']} substituted, {result['deletions']} "
+        f"deleted, {result['insertions']} inserted",
+        f"{result['audio_seconds']:.1f} s of audio in {result['seconds']:.1f} s (RTFx {result['rtfx']:.1f}; compiling "
+        f"took another {result['compile_seconds']:.1f} s)",
+    ]
+    if result["padding"] == "zeros":
+        lines.append("This model takes no attention mask, so padding moves its WER a little (see jaxslim.evaluate).")
+    if result["skipped"]:
+        names = [f"{name}: {reason.rstrip('.')}" for name, reason in result.skipped_rows[:3]]
+        more = f"; and {result['skipped'] - len(names)} more" if result["skipped"] > len(names) else ""
+        lines.append(f"Skipped {result['skipped']} rows: {'; '.join(names)}{more}.")
+    return "\n".join(lines)

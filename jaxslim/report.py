@@ -16,8 +16,11 @@ from etils import epath
 
 from jaxslim import clips, figures, score
 from jaxslim._version import __version__
+from jaxslim.clips import save_clips
 from jaxslim.figures import NBSP, ROLES, memory, seconds
 from jaxslim.train import log
+
+__all__ = ["ReportError", "console", "report", "save_clips"]
 
 
 class ReportError(ValueError):
@@ -90,24 +93,33 @@ def console(summary: dict[str, Any]):
 
 
 def _stages(folder: epath.Path, summary: dict) -> list[dict]:
-    stages = summary.get("stages", [])
+    controls = [{"name": p.parent.name} for p in sorted(folder.glob("control-*/stage.json"))]
+    stages = [*summary.get("stages", []), *controls]
     if not summary and (folder / log.METRICS).exists():  # a `jaxslim train` run
         stages = [{"name": folder.name, "path": ""}]
     found = []
     for stage in stages:
         place = folder / stage.get("path", stage["name"])
         place = place if place.exists() else folder / place.name  # `path` as seen from where the run was started
-        info, spent = _json(place / "stage.json", {}), stage.get("seconds")
-        wer = (info.get("scores") or {}).get("wer")
-        facts = (info.get("method"), spent and seconds(spent), wer is not None and f"WER {_percent(wer)}")
-        rest = {k: v for k, v in info.items() if k not in ("method", "scores")}
+        info = _json(place / "stage.json", {})
         found.append({
             "name": stage["name"],
-            "line": " · ".join(filter(None, facts)),
+            "line": " · ".join(filter(None, _facts({**info, **stage}))),
             "charts": figures.loss_charts(log.read(place)),
-            "details": json.dumps(rest, indent=2, ensure_ascii=False) if rest else "",
+            "details": json.dumps(info, indent=2, ensure_ascii=False) if info else "",
         })  # fmt: skip
     return found
+
+
+def _facts(info: dict) -> list[str]:
+    """Method, time, size and validation score of a stage, as far as stage.json tells."""
+    wer, params = (info.get("scores") or {}).get("wer"), info.get("params") or []
+    return [
+        info.get("method") or info.get("config", {}).get("method", ""),
+        seconds(info["seconds"]) if info.get("seconds") else "",
+        " → ".join(_count(p) for p in dict.fromkeys(params)) + " parameters" if params else "",
+        "" if wer is None else f"validation WER {_percent(wer)}",
+    ]
 
 
 def _json(path: epath.Path, default: Any) -> Any:
@@ -216,7 +228,7 @@ def _differences(said: clips.Predictions) -> list[dict]:
 
 def _environment(summary: dict) -> list[tuple[str, str]]:
     """What summary.json says about where and how the run was made, flat."""
-    known = {"teacher", "control", "student", "baseline", "stages"}
+    known = {*ROLES, "stages", "student_minus_control", "speed_of"}  # shown elsewhere, or of no use to a reader
     found = []
     for key, value in summary.items():
         if key in known or value in (None, "", {}, []):

@@ -113,9 +113,9 @@ def build(folder, clips=True):
         stage = folder / f"{number:02d}-{name}"
         stage.mkdir(exist_ok=True)
         info = {
-            "method": "linearize",
-            "config": {"mixer": "hedgehog", "layers": "all", "max_steps": steps},
-            "parent": "9f2c" * 16,
+            "name": name,
+            "config": {"method": "linearize", "options": {"mixer": "hedgehog", "layers": "all"}, "parent": "9f2c" * 16},
+            "params": [7_032_000, 7_163_000] if number == 1 else [7_163_000] * 2,
             "scores": {"wer": 0.31 - 0.08 * number},
         }
         (stage / "stage.json").write_text(json.dumps(info))
@@ -228,7 +228,8 @@ def test_the_page_of_a_whole_run(tmp_path):
     assert page.tags.count("figure") == 2 + 2 + 3  # speed; align: loss, layers; joint: loss, layers, validation
     assert "Loss by layer" in page.words and "teacher, PyTorch sdpa" in page.words
     assert "At 10 min of audio the student takes 12.9 s, the teacher 32.4 s" in page.words
-    assert "0.10.2" in page.words and "linearize · 1 min 34 s · WER 23.0 %" in page.words
+    assert "0.10.2" in page.words
+    assert "linearize · 1 min 34 s · 7.03 M → 7.16 M parameters · validation WER 23.0 %" in page.words
 
 
 def test_nothing_is_fetched_or_run(tmp_path):

@@ -1,10 +1,10 @@
-"""Puts a trained model into checkpoints/ as a bundled one: half-precision weights, tokenizer and processor files.
+"""Puts a trained model into checkpoints/ as a bundled one, weights in half precision.
 
-    python scripts/bundle.py runs/teacher/final                      # -> checkpoints/wav2vec2-ctc-en
-    python scripts/bundle.py SRC --name wav2vec2-ctc-en --source SRC_WITH_TOKENIZER
+    python scripts/bundle.py runs/teacher/final            # -> checkpoints/wav2vec2-ctc-en, in place of the old weights
 
-Stores float16 and says how many weights that changed beyond rounding; config.json keeps dtype float32, so
-transformers and jaxslim open the model in fp32. The model card (README.md) already there is kept: edit its numbers.
+config.json keeps dtype float32, so transformers and jaxslim open the model in fp32. Tokenizer, processor and NOTICE of
+the model already there stay (of SRC for a new name), and so does its card: edit the numbers in its README.md. Then
+    python -m pytest tests/test_parity.py -k bundled -m "slow or not slow"
 """
 import argparse
 import pathlib
@@ -20,10 +20,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("src", help="folder, hub id or bundled:NAME of the trained model")
     parser.add_argument("--name", default="wav2vec2-ctc-en")
-    parser.add_argument("--source", help="where the tokenizer and processor files come from, if not SRC")
     args = parser.parse_args()
     model, target = hub.load(args.src), ROOT / "checkpoints" / args.name
-    hub.save(model, target, source=args.source or args.src, dtype="float16")
+    hub.save(model, target, source=target if target.exists() else args.src, dtype="float16")
     half = hub.load(target)
     worst = max(float(np.max(np.abs(np.asarray(half.params[k]) - np.asarray(v)) / (np.abs(np.asarray(v)) + 1e-4)))
                 for k, v in model.params.items())

@@ -130,7 +130,7 @@ def test_changed_blocks_travel_in_the_config(tmp_path):
 def test_tokenizer_files_travel_and_others_do_not(saved, copy, tmp_path):
     (copy / "training_args.bin").write_bytes(b"x")
     hub.save(hub.load(copy), tmp_path / "out", source=copy)
-    names = {"config.json", "model.safetensors", "vocab.json", "tokenizer_config.json", "processor_config.json"}
+    names = {CONFIG, WEIGHTS, "vocab.json", "tokenizer_config.json", "processor_config.json", "NOTICE"}
     assert {f.name for f in (tmp_path / "out").iterdir()} == names == {f.name for f in saved.iterdir()}
     # the weights are as readable as the text files
     assert len({stat.S_IMODE(f.stat().st_mode) for f in (tmp_path / "out").iterdir()}) == 1
@@ -380,7 +380,7 @@ def test_push(saved, monkeypatch):
     url = hub.push(hub.load(saved), "me/small", source=saved, private=True, token="t")
     assert url == "https://huggingface.co/me/small"
     assert calls[1] == ("create", "me/small", {"private": True, "exist_ok": True})
-    assert calls[2][1][:2] == ["config.json", "model.safetensors"] and calls[2][2] == "me/small"
+    assert {CONFIG, WEIGHTS, "vocab.json"} < set(calls[2][1]) and calls[2][2] == "me/small"
 
 
 def test_remote_folders(saved, monkeypatch, tmp_path):

@@ -133,7 +133,7 @@ def test_gradients_are_finite_in_training(switches):
     assert sum(bool(jnp.any(g != 0)) for g in grads.values()) > 0.9 * len(grads)
 
 
-@pytest.mark.parametrize("clips", [12, pytest.param(70, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("clips", [8, pytest.param(70, marks=pytest.mark.slow)])
 def test_bundled_teacher_transcribes_as_pytorch(clips):
     import jiwer
     import transformers
@@ -145,8 +145,8 @@ def test_bundled_teacher_transcribes_as_pytorch(clips):
     model = transformers.Wav2Vec2ForCTC.from_pretrained(folder).eval()  # as a user opens it: dtype from config.json
     ours, task, rows = hub.load(folder), CTCTask.from_pretrained(folder), load_rows("bundled:prompts-en/test")
     assert model.dtype == torch.float32 and len(rows) == 70
-    waves = [task.inputs(rows.audio(i)) for i in range(len(rows))]
-    order = sorted(range(len(rows)), key=lambda i: len(waves[i]))[:clips]
+    order = sorted(range(len(rows)), key=rows.duration)[:clips]
+    waves = {i: task.inputs(rows.audio(i)) for i in order}
     have = {}
     for group in (order[:30], order[30:55], order[55:])[: 1 if clips <= 30 else 3]:
         mask = np.zeros((len(group), max(len(waves[i]) for i in group)), np.int32)  # padded: 3 compilations, not 70

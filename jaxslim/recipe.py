@@ -116,7 +116,8 @@ class _Work:
 
     def validate(self, model: Slim) -> dict[str, float]:
         check = validation(self.recipe.data.validation, self.task)
-        return {k: check(model)[k] for k in ("wer", "cer")} if check else {}
+        scores = check(model) if check else {}
+        return {k: scores[k] for k in ("wer", "cer") if k in scores}
 
     def summary(self, path: str, student: Slim, stages: list[dict], control: Slim | None, info) -> dict[str, Any]:
         """Scores, sizes and speed of teacher, control and student; what an earlier run measured is kept."""

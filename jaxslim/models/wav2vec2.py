@@ -45,8 +45,8 @@ class ConvLayer(nnx.Module):
         if self.normed:
             self.layer_norm = (L.LayerNorm if norm == "layer" else L.TimeNorm)(dout)
 
-    def __call__(self, x, call: L.Call):                                 # (B, T, C) -> (B, T', C')
-        x = self.conv(x, self.stride, call)
+    def __call__(self, x):                                               # (B, T, C) -> (B, T', C')
+        x = self.conv(x, self.stride)
         return self.act(self.layer_norm(x) if self.normed else x)
 
 
@@ -54,10 +54,10 @@ class FeatureExtractor(nnx.Module):
     def __init__(self, spec: Spec):
         self.conv_layers = nnx.List([ConvLayer(spec, i) for i in range(len(spec["conv_dim"]))])
 
-    def __call__(self, wave, call: L.Call):                              # (B, samples) -> (B, T, C)
+    def __call__(self, wave):                                            # (B, samples) -> (B, T, C)
         x = wave[:, :, None]
         for layer in self.conv_layers:
-            x = layer(x, call)
+            x = layer(x)
         return x
 
 
@@ -187,7 +187,7 @@ class Encoder(nnx.Module):
 
     def __call__(self, call: L.Call, input_values, attention_mask=None) -> Outputs:
         spec = self.spec
-        x = front = self.feature_extractor(input_values.astype(self.feature_projection.projection.weight.dtype), call)
+        x = front = self.feature_extractor(input_values.astype(self.feature_projection.projection.weight.dtype))
         lengths = None if attention_mask is None else frames(spec, attention_mask.sum(-1))          # (B,)
         mask = L.frame_mask(lengths, x.shape[1])                                                     # (B, T)
         x = projected = L.dropout(self.feature_projection(x), spec["feat_proj_dropout"], call, EMBEDDING + 100)

@@ -130,7 +130,7 @@ class _Work:
         models = {"teacher": (self.teacher, self.recipe.teacher, 0), "student": (student, "final", stages[-1]["trained_params"])}
         if control is not None:
             models["control"] = (control, info["path"], info["trained_params"])
-        result: dict[str, Any] = {"version": 1, "recipe": path}
+        result: dict[str, Any] = {"version": 1, "recipe": os.path.basename(path)}
         for role, (model, place, trained) in models.items():
             before = old.get(role, {})
             if before.get("fingerprint") == model.fingerprint and before.get("data") == self.recipe.data.test:
@@ -212,7 +212,7 @@ def _write_json(path: epath.Path, value: Any) -> None:
     """All or nothing: a reader never sees half a file."""
     temporary = path.parent / f".{path.name}.tmp"
     temporary.write_text(json.dumps(value, indent=1, default=str))
-    temporary.rename(path)
+    temporary.replace(path)
 
 
 def method_of(stage: Stage) -> Method:

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 ATTENTION_BLOCK = 512  # query rows whose scores exist at the same time on CPU,
+CHUNK = 512            # frames of long audio that go through frame-wise layers at a time on CPU
 FEW_SCORES = 2**20     # unless there are no more of them than this
 
 
@@ -29,6 +30,10 @@ class Call(NamedTuple):
     def on_cpu(self) -> bool:
         """Whether to run the programs made for the CPU; "dense" asks for the simple ones everywhere."""
         return self.attention == "blocked" or self.attention == "auto" and jax.default_backend() == "cpu"
+
+    def chunked(self, frames: int) -> bool:
+        """Whether `frames` frames are many enough to go through the CPU in chunks (evaluation only)."""
+        return self.key is None and self.on_cpu() and frames >= 2 * CHUNK
 
     def fold(self, site: int) -> Call:
         """The same call with a key of its own for one layer or site."""
@@ -130,8 +135,8 @@ class Conv(nnx.Module):
             self.bias = param(dout)
         self.has_bias = bias
 
-    def __call__(self, x: jax.Array, stride: int) -> jax.Array:          # (B, T, C) -> (B, T', C')
-        y = conv1d(x, self.weight[...], stride)
+    def __call__(self, x: jax.Array, stride: int, padding: int = 0) -> jax.Array:   # (B, T, C) -> (B, T', C')
+        y = conv1d(x, self.weight[...], stride, padding)
         return y + self.bias[...].astype(y.dtype) if self.has_bias else y
 
 
@@ -141,9 +146,9 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     return y.reshape(*x.shape[:-1], w.shape[0])
 
 
-def conv1d(x: jax.Array, w: jax.Array, stride: int) -> jax.Array:
-    """Convolution over time without padding: x (B, T, C), w (out, C, W) -> (B, T', out)."""
-    return jax.lax.conv_general_dilated(x, w.astype(x.dtype), (stride,), "VALID",
+def conv1d(x: jax.Array, w: jax.Array, stride: int, padding: int = 0) -> jax.Array:
+    """Convolution over time, zeros on both sides: x (B, T, C), w (out, C, W) -> (B, T', out)."""
+    return jax.lax.conv_general_dilated(x, w.astype(x.dtype), (stride,), [(padding, padding)],
                                         dimension_numbers=("NWC", "OIW", "NWC"))
 
 
@@ -211,17 +216,36 @@ def zero_padding(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     return x if mask is None else jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 2)), x, 0)
 
 
-def attention(q, k, v, mask, scale: float, call: Call, rate: float = 0.0) -> jax.Array:
-    """Softmax attention. q (B, T, H, K), k (B, S, H, K), v (B, S, H, Kv), mask (B, S) -> (B, T, H, Kv).
+def in_chunks(fn, x: jax.Array, call: Call) -> jax.Array:
+    """fn(x) for a frame-wise fn on (B, T, D), long audio on CPU a chunk of frames at a time: what fn makes in between
+    stays in the cache, so time stays proportional to T."""
+    if not call.chunked(x.shape[1]):
+        return fn(x)
+    y = jax.lax.map(fn, to_chunks(x))
+    return jnp.moveaxis(y, 0, 1).reshape(x.shape[0], -1, y.shape[-1])[:, : x.shape[1]]
 
-    On CPU, unless all scores are few, one head and ATTENTION_BLOCK queries at a time: the scores stay in the cache
+
+def to_chunks(x: jax.Array) -> jax.Array:
+    """(B, T, ...) -> (chunks, B, CHUNK, ...), zero padded at the end."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % CHUNK)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, CHUNK, *x.shape[2:]), 1, 0)
+
+
+def attention(q, k, v, mask, scale: float, call: Call, rate: float = 0.0, bias: jax.Array | None = None) -> jax.Array:
+    """Softmax attention. q (B, T, H, K), k (B, S, H, K), v (B, S, H, Kv), mask (B, [T,] S) -> (B, T, H, Kv).
+
+    `bias` (B, H, T, S) is added to the scores, which then all exist at once. Without it,
+    on CPU, unless all scores are few, one head and ATTENTION_BLOCK queries at a time: the scores stay in the cache
     and memory is linear in T.
     """
     few = FEW_SCORES if call.key is None else 4 * FEW_SCORES  # the gradient of the map is slower
-    if not call.on_cpu() or q[..., 0].size * k.shape[1] <= few:
+    whole = bias is not None or mask is not None and mask.ndim == 3
+    if whole or not call.on_cpu() or q[..., 0].size * k.shape[1] <= few:
         scores = jnp.einsum("bthk,bshk->bhts", q * scale, k).astype(jnp.float32)
+        scores = scores if bias is None else scores + bias
         if mask is not None:
-            scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
+            seen = mask[:, None] if mask.ndim == 3 else mask[:, None, None]
+            scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
         weights, total = _exponential(scores)
         y = jnp.einsum("bhts,bshk->bthk", dropout(weights, rate, call, 0).astype(v.dtype), v)
         return (y / jnp.swapaxes(total, 1, 2)).astype(v.dtype)

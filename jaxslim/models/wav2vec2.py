@@ -1,31 +1,30 @@
-"""wav2vec2 (arXiv 2006.11477) and HuBERT (arXiv 2106.07447) encoders with their CTC head, names as in transformers.
+"""Encoders of wav2vec2 (arXiv 2006.11477), HuBERT (2106.07447) and WavLM (2110.13900), names as in transformers.
 
 Switches of the config: both front-end norms (`feat_extract_norm` group | layer), both layer-norm placements
-(`do_stable_layer_norm`), `conv_bias`, HuBERT's `feat_proj_layer_norm` and `conv_pos_batch_norm`.
+(`do_stable_layer_norm`), `conv_bias`, HuBERT's `feat_proj_layer_norm` and `conv_pos_batch_norm`, and the adapters of
+adapters.py. WavLM adds a position bias to its attention (positions.py).
 """
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxslim.models import adapters, heads, positions
 from jaxslim.models import layers as L
 from jaxslim.models.mixers import Attention
-from jaxslim.models.roles import FAMILIES, roles
 from jaxslim.slim import Outputs
-from jaxslim.spec import Spec, SpecError
+from jaxslim.spec import Spec
 
-EMBEDDING, HEAD, AUGMENT = 1001, 1002, 1003  # sites of random numbers beside the layers' own (their index)
+EMBEDDING, AUGMENT = 1001, 1003  # sites of random numbers beside the layers' own (their index)
 POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 def build(spec: Spec) -> nnx.Module:
-    for key in ("add_adapter", "adapter_attn_dim"):
-        if spec.get(key):
-            raise SpecError(f"config.json: {key}={spec[key]!r} is not supported for {spec.family} in this release.")
-    return Encoder(spec) if spec.head == "none" else WithHead(spec)
+    return heads.build(spec, Encoder(spec))
 
 
 def frames(spec: Spec, samples):
@@ -53,8 +52,23 @@ class ConvLayer(nnx.Module):
 class FeatureExtractor(nnx.Module):
     def __init__(self, spec: Spec):
         self.conv_layers = nnx.List([ConvLayer(spec, i) for i in range(len(spec["conv_dim"]))])
+        self.framewise = spec["feat_extract_norm"] == "layer"            # group norm looks at the whole clip
+        self.stride = math.prod(spec["conv_stride"])                     # samples from frame to frame
+        self.field = 1                                                   # samples that a frame sees
+        for width, stride in zip(reversed(spec["conv_kernel"]), reversed(spec["conv_stride"])):
+            self.field = (self.field - 1) * stride + width
 
-    def __call__(self, wave):                                            # (B, samples) -> (B, T, C)
+    def __call__(self, wave, call: L.Call):                              # (B, samples) -> (B, T, C)
+        count = max(wave.shape[1] - self.field, 0) // self.stride + 1
+        if not (self.framewise and call.chunked(count)):
+            return self.convolve(wave)
+        chunks, size = -(-count // L.CHUNK), L.CHUNK * self.stride
+        wave = jnp.pad(wave, ((0, 0), (0, max(chunks * size + self.field - wave.shape[1], 0))))
+        y = jax.lax.map(lambda start: self.convolve(jax.lax.dynamic_slice_in_dim(
+            wave, start, size - self.stride + self.field, 1)), jnp.arange(chunks) * size)
+        return jnp.moveaxis(y, 0, 1).reshape(wave.shape[0], -1, y.shape[-1])[:, :count]
+
+    def convolve(self, wave):
         x = wave[:, :, None]
         for layer in self.conv_layers:
             x = layer(x)
@@ -116,8 +130,8 @@ class FeedForward(nnx.Module):
     def __call__(self, x, call: L.Call):
         if not self.units:
             return jnp.broadcast_to(self.output_dense(), x.shape).astype(x.dtype)
-        h = L.dropout(self.act(self.intermediate_dense(x)), self.rates[0], call, 1)
-        return self.output_dense(h)
+        return L.in_chunks(lambda x: self.output_dense(
+            L.dropout(self.act(self.intermediate_dense(x)), self.rates[0], call, 1)), x, call)
 
 
 class Layer(nnx.Module):
@@ -126,15 +140,18 @@ class Layer(nnx.Module):
     def __init__(self, spec: Spec, i: int):
         self.name, self.index, self.pre = f"encoder.{i}", i, spec["do_stable_layer_norm"]
         self.rate, self.drop = spec["hidden_dropout"], spec["layerdrop"]
-        self.attention = Attention(spec, f"{self.name}.attention")
+        self.attention = (positions.Attention if positions.kind(spec) else Attention)(spec, f"{self.name}.attention")
         self.feed_forward = FeedForward(spec, f"{self.name}.ffn")
         self.layer_norm = L.LayerNorm(spec["hidden_size"], spec["layer_norm_eps"])
         self.final_layer_norm = L.LayerNorm(spec["hidden_size"], spec["layer_norm_eps"])
+        self.adapted = self.pre and bool(spec.get("adapter_attn_dim"))   # transformers has none in post-norm layers
+        if self.adapted:
+            self.adapter_layer = adapters.AttnAdapter(spec)
 
-    def __call__(self, x, mask, call: L.Call):                           # (B, T, D) -> (B, T, D), taps
+    def __call__(self, x, mask, call: L.Call, bias=None):                # (B, T, D) -> (B, T, D), taps
         call = call.fold(self.index)
         a_in = self.layer_norm(x) if self.pre else x
-        a_out = self.attention(a_in, mask, call.fold(2))
+        a_out = self.attention(a_in, mask, call.fold(2), *(() if bias is None else (bias,)))
         h = x + L.dropout(a_out, self.rate, call, 3)
         if not self.pre:
             h = self.layer_norm(h)
@@ -143,6 +160,8 @@ class Layer(nnx.Module):
         y = h + L.dropout(f_out, self.rate, call, 4)
         if not self.pre:
             y = self.final_layer_norm(y)
+        if self.adapted:
+            y = y + self.adapter_layer(y)
         if call.key is not None and self.drop:
             y = jnp.where(jax.random.bernoulli(jax.random.fold_in(call.key, 5), self.drop), x, y)
         return y, call.keep({f"{self.name}.attention.in": a_in, f"{self.name}.attention.out": a_out,
@@ -155,6 +174,7 @@ class Transformer(nnx.Module):
         self.pos_conv_embed = PositionalConv(spec)
         self.layer_norm = L.LayerNorm(spec["hidden_size"], spec["layer_norm_eps"])
         self.layers = nnx.List([Layer(spec, i) for i in range(spec["num_hidden_layers"])])
+        self.biased = positions.kind(spec) == "gated"
 
     def __call__(self, x, mask, call: L.Call):                           # (B, T, D) -> (B, T, D), states, taps
         x = L.zero_padding(x, mask)
@@ -163,8 +183,9 @@ class Transformer(nnx.Module):
             x = self.layer_norm(x)
         x = L.dropout(x, self.rate, call, EMBEDDING)
         states, taps = [x], call.keep({"embedding": x}, mask)
+        bias = self.layers[0].attention.shared(x.shape[1]) if self.biased else None
         for layer in self.layers:
-            step = functools.partial(layer, mask=mask, call=call)
+            step = functools.partial(layer, mask=mask, call=call, bias=bias)
             if call.remat != "none":
                 step = jax.checkpoint(step, policy=POLICIES[call.remat])
             with jax.named_scope(layer.name):
@@ -175,19 +196,22 @@ class Transformer(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """`Wav2Vec2Model` / `HubertModel`."""
+    """`Wav2Vec2Model` / `HubertModel` / `WavLMModel`."""
 
     def __init__(self, spec: Spec):
         self.spec = spec
         self.feature_extractor, self.feature_projection = FeatureExtractor(spec), FeatureProjection(spec)
         self.encoder = Transformer(spec)
+        self.adapted = bool(spec.get("add_adapter"))
+        if self.adapted:
+            self.adapter = adapters.ConvAdapter(spec)
         self.masking = spec["mask_time_prob"] > 0 or spec["mask_feature_prob"] > 0
         if self.masking:
             self.masked_spec_embed = L.param(spec["hidden_size"])
 
     def __call__(self, call: L.Call, input_values, attention_mask=None) -> Outputs:
         spec = self.spec
-        x = front = self.feature_extractor(input_values.astype(self.feature_projection.projection.weight.dtype))
+        x = front = self.feature_extractor(input_values.astype(self.feature_projection.projection.weight.dtype), call)
         lengths = None if attention_mask is None else frames(spec, attention_mask.sum(-1))          # (B,)
         mask = L.frame_mask(lengths, x.shape[1])                                                     # (B, T)
         x = projected = L.dropout(self.feature_projection(x), spec["feat_proj_dropout"], call, EMBEDDING + 100)
@@ -195,6 +219,8 @@ class Encoder(nnx.Module):
             x = self.augment(x, lengths, call)
         x, states, taps = self.encoder(x, mask, call)
         taps |= call.keep({"frontend": front, "projection": projected}, mask)
+        if self.adapted:
+            x, lengths = self.adapter(x), None if lengths is None else self.adapter.frames(lengths)
         return Outputs(None, x, tuple(states) if call.hidden else None, taps or None, lengths)
 
     def augment(self, x, lengths, call):                                 # SpecAugment in time and feature direction
@@ -203,28 +229,13 @@ class Encoder(nnx.Module):
         time, feature = jax.random.split(jax.random.fold_in(call.key, AUGMENT))
         if spec["mask_time_prob"] > 0:
             spans = span_mask(time, lengths, length, spec["mask_time_prob"], spec["mask_time_length"],
-                              spec["mask_time_min_masks"])
+                              spec.get("mask_time_min_masks", 2))
             x = jnp.where(spans[:, :, None], self.masked_spec_embed[...].astype(x.dtype), x)
         if spec["mask_feature_prob"] > 0:
             spans = span_mask(feature, jnp.full(batch, width), width, spec["mask_feature_prob"],
-                              spec["mask_feature_length"], spec["mask_feature_min_masks"])
+                              spec["mask_feature_length"], spec.get("mask_feature_min_masks", 0))
             x = jnp.where(spans[:, None, :], 0.0, x)
         return x
-
-
-class WithHead(nnx.Module):
-    """`Wav2Vec2ForCTC` / `HubertForCTC`."""
-
-    def __init__(self, spec: Spec):
-        self.inner, self.rate = FAMILIES[spec.family].prefix, spec["final_dropout"]
-        setattr(self, self.inner, Encoder(spec))
-        setattr(self, roles(spec, "head")["owner"], L.Linear(spec["hidden_size"], spec["vocab_size"]))
-
-    def __call__(self, call: L.Call, **inputs) -> Outputs:
-        out = getattr(self, self.inner)(call, **inputs)
-        logits = self.lm_head(L.dropout(out.last_hidden_state, self.rate, call, HEAD)).astype(jnp.float32)
-        taps = call.keep({"logits": logits}, L.frame_mask(out.lengths, logits.shape[1]))
-        return out._replace(logits=logits, taps={**(out.taps or {}), **taps} or None)
 
 
 def span_mask(key, lengths, size: int, prob: float, width: int, least: int) -> jax.Array:

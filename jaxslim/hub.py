@@ -38,13 +38,19 @@ CARRIED = ("vocab.json", "vocab.txt", "merges.txt", "tokenizer.json", "tokenizer
 OURS = (*CARRIED, CONFIG, WEIGHTS, "stage.json", "parity.json")  # files of a saved folder that a new save replaces
 
 # architecture -> (family, head). The first of each (family, head) is what is written.
-ARCHITECTURES = {
-    "Wav2Vec2ForCTC": ("wav2vec2", "ctc"), "Wav2Vec2Model": ("wav2vec2", "none"),
-    "Wav2Vec2ForPreTraining": ("wav2vec2", "none"),
-    "HubertForCTC": ("hubert", "ctc"), "HubertModel": ("hubert", "none"),
-}
+SPEECH_HEADS = {"Model": "none", "ForCTC": "ctc", "ForSequenceClassification": "classification",
+                "ForAudioFrameClassification": "frames", "ForXVector": "xvector", "ForPreTraining": "none"}
+ARCHITECTURES = {name + end: (family, head) for family, name in
+                 {"wav2vec2": "Wav2Vec2", "hubert": "Hubert", "wavlm": "WavLM"}.items()
+                 for end, head in SPEECH_HEADS.items()
+                 if family != "hubert" or end in ("Model", "ForCTC", "ForSequenceClassification")}
+ARCHITECTURES |= {"WhisperForConditionalGeneration": ("whisper", "seq2seq"), "WhisperModel": ("whisper", "none")}
+# Head -> (an output matrix that is stored once, under the second name, when the config ties it).
+TIED = {"seq2seq": ("proj_out.weight", "model.decoder.embed_tokens.weight")}
 # Weights that a checkpoint may have and a bare encoder does not use: the heads of pre-training.
-LEFTOVERS = {"wav2vec2": r"(quantizer|project_hid|project_q)\.", "hubert": r"(final_proj|label_embs_concat)\b"}
+QUANTIZER = r"(quantizer|project_hid|project_q)\."
+LEFTOVERS = {"wav2vec2": QUANTIZER, "hubert": r"(final_proj|label_embs_concat)\b", "wavlm": QUANTIZER,
+             "whisper": r"proj_out\."}
 # Weights that checkpoints of fine-tuned models lack (transformers draws them at random): only SpecAugment reads them.
 OPTIONAL = r"(.*\.)?masked_spec_embed"
 ALIASES = ((r"\.weight_g$", ".parametrizations.weight.original0"),  # weight norm before torch 2
@@ -403,9 +409,21 @@ def _trim(weights: dict[str, np.ndarray], spec: Spec, want: Mapping[str, Any]) -
         inner = prefix(spec.replace(head="ctc"))  # what the encoder is called inside a model with a head
         weights = {k.removeprefix(inner): v for k, v in weights.items()}
         weights = {k: v for k, v in weights.items() if not re.match(LEFTOVERS[spec.family], k)}
+    if spec.head in TIED:
+        weights = _untwin(weights, *TIED[spec.head], want)
     weights = {k: v for k, v in weights.items() if k in want or not re.fullmatch(OPTIONAL, k)}
     return weights | {k: np.zeros(x.shape, x.dtype) for k, x in want.items()
                       if k not in weights and re.fullmatch(OPTIONAL, k)}
+
+
+def _untwin(weights: dict[str, np.ndarray], name: str, home: str, want: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Tied weights once, under `home`, whichever of the two names the file has; untied ones as they are."""
+    if name not in weights or name in want:
+        return weights
+    twin = weights.get(home, weights[name])
+    if twin.shape != weights[name].shape or not np.array_equal(twin, weights[name]):
+        raise HubError(f"{name} and {home} differ, but config.json ties them; set tie_word_embeddings to false there.")
+    return {k: v for k, v in weights.items() if k != name} | {home: twin}
 
 
 def _cast(array: np.ndarray, wanted: Any, dtype: Any) -> np.ndarray:

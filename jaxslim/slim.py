@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxslim.spec import Spec
+from jaxslim.spec import Spec, nearest
 
 Array = jax.Array | np.ndarray
 Batches = Callable[[], Iterator[dict[str, np.ndarray]]]   # one pass over training data per call
 
 
-INPUTS = ("input_values", "attention_mask", "input_features", "input_ids", "decoder_input_ids")
+INPUTS = ("input_values", "attention_mask", "input_features", "input_ids", "decoder_input_ids",
+          "decoder_attention_mask")
 
 
 def inputs(batch: dict[str, Any]) -> dict[str, Any]:
@@ -33,6 +34,8 @@ class Outputs(NamedTuple):
     hidden_states: tuple[jax.Array, ...] | None = None  # HF order: embedding, then every layer
     taps: dict[str, jax.Array] | None = None           # block tap name -> (B, T, *)
     lengths: jax.Array | None = None                   # (B,) valid frames
+    encoder_last_hidden_state: jax.Array | None = None  # (B, S, D); with a decoder the fields above are the decoder's
+    encoder_hidden_states: tuple[jax.Array, ...] | None = None
 
 
 class Term(NamedTuple):
@@ -44,7 +47,7 @@ class Term(NamedTuple):
 
 
 @jax.tree_util.register_pytree_node_class
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # equal are equal fingerprints; == of dicts of arrays is an error
 class Slim:
     """A model as data: a static Spec and a flat dict of arrays with Hugging Face names and torch memory layout."""
 
@@ -116,7 +119,14 @@ def _forward(params, inputs, key, *, spec, hidden, taps, dtype, remat, attention
         params = {k: v.astype(dtype) if v.ndim > 1 and jnp.issubdtype(v.dtype, jnp.floating) else v
                   for k, v in params.items()}
     call = layers.Call(key, frozenset(taps), hidden, remat, attention)
-    return bind.bind(spec, params)(call, **inputs)
+    out = bind.bind(spec, params)(call, **inputs)
+    for tap in taps:
+        if tap not in (out.taps or {}):
+            from jaxslim.models import roles
+
+            known = [*roles.layers(spec), *(f"{b}.{side}" for b in roles.blocks(spec) for side in ("in", "out"))]
+            raise ValueError(f"This {spec.family} model has no tap {tap!r}.{nearest(tap, known)}")
+    return out
 
 
 class Method:

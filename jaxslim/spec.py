@@ -17,11 +17,20 @@ from typing import Any, NamedTuple
 VERSION = 1
 
 # The fields a block of each kind may carry. A kind is the last word of the block id without its number.
-LINEARS = {"attention": ("q", "k", "v", "o"), "ffn": ("up", "down")}
+LINEARS = {**dict.fromkeys(("attention", "cross"), ("q", "k", "v", "o")),
+           **dict.fromkeys(("ffn", "ffn1", "ffn2"), ("up", "down"))}
 FIELDS = {
     "frontend": {"channels"},
     "attention": {"mixer", "options", "heads", "qk_dim", "v_dim", "scale", "lora", *(f"{r}_rank" for r in "qkvo")},
-    "ffn": {"units", "up_rank", "down_rank", "lora"},
+    **dict.fromkeys(("ffn", "ffn1", "ffn2"), {"units", "up_rank", "down_rank", "lora"}),
+    "conv": {"channels"},
+}
+FIELDS["cross"] = FIELDS["attention"] - {"mixer", "options"}
+# Config keys that a family calls otherwise; {side} is the side of a block (encoder, decoder).
+NAMES = {
+    "whisper": {"hidden_size": "d_model", "num_hidden_layers": "{side}_layers", "hidden_dropout": "dropout",
+                "num_attention_heads": "{side}_attention_heads", "intermediate_size": "{side}_ffn_dim",
+                "layerdrop": "{side}_layerdrop", "hidden_act": "activation_function"},
 }
 MIXERS = {"softmax": {}, "hedgehog": {"features": 64, "window": 0}}
 
@@ -86,13 +95,20 @@ class Spec:
 
     def __getitem__(self, key: str) -> Any:
         """Config value; keys that an older config.json lacks come from the family's default."""
-        return self.config[key] if key in self.config else _defaults(self.family)[key]
+        for config in (self.config, _defaults(self.family) if key not in _flat(self.config) else {}):
+            if key in (flat := _flat(config)):
+                return flat[key]
+        raise KeyError(key)
 
     def get(self, key: str, default: Any = None) -> Any:
         try:
             return self[key]
         except KeyError:
             return default
+
+    def of(self, block: str, key: str) -> Any:
+        """Config value for the side that `block` is on, under the family's own name for `key`."""
+        return self[NAMES.get(self.family, {}).get(key, key).format(side=block.split(".")[0])]
 
     def replace(self, **changes) -> Spec:
         return dataclasses.replace(self, **changes)
@@ -105,8 +121,8 @@ class Spec:
     def attention(self, name: str) -> Attention:
         """Resolved fields of attention block `name`."""
         b = self.blocks.get(name, {})
-        total = self["num_attention_heads"]
-        dim = self["hidden_size"] // total
+        total = self.of(name, "num_attention_heads")
+        dim = self.of(name, "hidden_size") // total
         mixer = b.get("mixer", "softmax")
         heads = tuple(b.get("heads", range(total)))
         if heads and (min(heads) < 0 or max(heads) >= total or len(set(heads)) != len(heads)):
@@ -116,11 +132,18 @@ class Spec:
 
     def ffn(self, name: str) -> FFN:
         b = self.blocks.get(name, {})
-        return FFN(b.get("units", self["intermediate_size"]), _ranks(b), dict(b.get("lora", {})))
+        return FFN(b.get("units", self.of(name, "intermediate_size")), _ranks(b), dict(b.get("lora", {})))
+
+    def conv(self, name: str) -> int:
+        """Channels of the depthwise convolution of a Conformer's block `name`."""
+        return self.blocks.get(name, {}).get("channels", self["hidden_size"])
 
     def channels(self, i: int) -> int:
-        """Output channels of front-end convolution i; i = -1 is the waveform."""
-        return 1 if i < 0 else self.blocks.get(f"frontend.{i}", {}).get("channels", self["conv_dim"][i])
+        """Output channels of front-end convolution i; i = -1 is the waveform (or the log-mel frame)."""
+        if i < 0:
+            return self.get("num_mel_bins", 1) if self.family == "whisper" else 1
+        own = self["d_model"] if self.family == "whisper" else self["conv_dim"][i]
+        return self.blocks.get(f"frontend.{i}", {}).get("channels", own)
 
     def to_json(self) -> dict[str, Any]:
         """What config.json stores under the key `jaxslim` (DESIGN 3)."""
@@ -139,12 +162,19 @@ class Spec:
         if unknown:
             raise SpecError(f"config.json: unknown keys {sorted(unknown)} under 'jaxslim'; "
                             "was it written by a newer jaxslim?")
+        if "family" not in ours:
+            raise SpecError("config.json: no 'family' under 'jaxslim'; the file is damaged.")
         return cls(config, **ours)
+
+
+def _flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config whose encoder has a section of its own (Parakeet), as one level."""
+    return {**inner, **config} if isinstance(inner := config.get("encoder_config"), Mapping) else config
 
 
 def kind(block: str) -> str:
     """'encoder.3.attention' -> 'attention', 'frontend.1' -> 'frontend', 'encoder.3' -> 'encoder'."""
-    return next(w for w in reversed(block.split(".")) if not w.isdigit())
+    return next((w for w in reversed(block.split(".")) if not w.isdigit()), "")
 
 
 def _ranks(b: Mapping[str, Any]) -> dict[str, int]:

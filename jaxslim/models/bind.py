@@ -12,10 +12,13 @@ from collections.abc import Mapping
 import jax
 from flax import nnx
 
+from jaxslim.models import roles
 from jaxslim.slim import Slim
-from jaxslim.spec import Spec, SpecError
+from jaxslim.spec import Spec, SpecError, nearest
 
-FAMILIES = {"wav2vec2": "wav2vec2", "hubert": "wav2vec2"}  # model_type -> module in jaxslim.models with build(spec)
+# model_type -> module in jaxslim.models with build(spec)
+FAMILIES = {"wav2vec2": "wav2vec2", "hubert": "wav2vec2", "wavlm": "wav2vec2"}
+FAMILIES["whisper"] = "whisper"
 AUXILIARY = ("aux.", "teacher/")                           # training-only names; not part of the model
 
 
@@ -23,6 +26,10 @@ AUXILIARY = ("aux.", "teacher/")                           # training-only names
 def _skeleton(spec: Spec):
     if spec.family not in FAMILIES:
         raise SpecError(f"Model family {spec.family!r} is not supported; supported are {sorted(FAMILIES)}.")
+    known = roles.blocks(spec)
+    for block in spec.blocks:
+        if block not in known:
+            raise SpecError(f"Spec: this {spec.family} model has no block {block!r}.{nearest(block, known)}")
     module = importlib.import_module(f"jaxslim.models.{FAMILIES[spec.family]}").build(spec)
     graphdef, state = nnx.split(module)
     paths = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(state)}

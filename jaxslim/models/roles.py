@@ -18,16 +18,29 @@ class Family(NamedTuple):
     layer: dict[str, str]                # "encoder" (and "decoder") -> a layer's name
     parts: dict[str, dict[str, str]]     # part of a layer -> role -> name; "owner" is the part itself
     frontend: str = ""                   # a front-end layer's name
+    rest: dict[str, str] = {}            # parts that are no block -> name: "projection", "positional", "adapter"
+    heads: dict[str, str] = {}           # head -> name of its last linear
+    conv: str = ".conv"                  # the convolution of a front-end layer (number {}, from 1: {1}), relative to it
 
 
 QKVO = {"owner": "attention", "q": "attention.q_proj", "k": "attention.k_proj", "v": "attention.v_proj",
         "o": "attention.out_proj", "norm": "layer_norm"}
 FFN = {"owner": "feed_forward", "up": "feed_forward.intermediate_dense", "down": "feed_forward.output_dense",
-       "norm": "final_layer_norm"}
+       "norm": "final_layer_norm", "bottleneck": "adapter_layer"}
+HEADS = {"ctc": "lm_head", "classification": "classifier", "frames": "classifier", "xvector": "classifier"}
+REST = {"projection": "feature_projection", "positional": "encoder.pos_conv_embed", "adapter": "adapter"}
 SPEECH = Family("wav2vec2", {"encoder": "encoder.layers.{}"}, {"attention": QKVO, "ffn": FFN},
-                "feature_extractor.conv_layers.{}")
-FAMILIES = {"wav2vec2": SPEECH, "hubert": SPEECH._replace(prefix="hubert")}
-HEADS = {"ctc": "lm_head"}
+                "feature_extractor.conv_layers.{}", REST, HEADS)
+FAMILIES = {"wav2vec2": SPEECH, "hubert": SPEECH._replace(prefix="hubert"), "wavlm": SPEECH._replace(prefix="wavlm")}
+
+
+SELF = {"owner": "self_attn", "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
+        "o": "self_attn.out_proj", "norm": "self_attn_layer_norm"}
+FAMILIES["whisper"] = Family(
+    "model", {"encoder": "encoder.layers.{}", "decoder": "decoder.layers.{}"},
+    {"attention": SELF, "cross": {role: name.replace("self_attn", "encoder_attn") for role, name in SELF.items()},
+     "ffn": {"owner": "fc1", "up": "fc1", "down": "fc2", "norm": "final_layer_norm"}}, "encoder.conv{1}",
+    {"positional": "encoder.embed_positions"}, {"seq2seq": "proj_out"}, conv="")
 
 
 def prefix(spec: Spec) -> str:
@@ -38,14 +51,17 @@ def prefix(spec: Spec) -> str:
 def blocks(spec: Spec) -> tuple[str, ...]:
     """All block ids of a model, front to back."""
     family = FAMILIES[spec.family]
-    front = [f"frontend.{i}" for i in range(len(spec["conv_dim"]))] if family.frontend else []
-    inner = [f"{layer}.{part}" for layer in layers(spec) for part in family.parts]
+    fronts = 2 if spec.family == "whisper" else len(spec["conv_dim"]) if family.frontend else 0
+    front = [f"frontend.{i}" for i in range(fronts)]
+    inner = [f"{layer}.{part}" for layer in layers(spec) for part in family.parts
+             if part != "cross" or layer.startswith("decoder.")]
     return (*front, *inner, *(["head"] if spec.head != "none" else []))
 
 
 def layers(spec: Spec) -> tuple[str, ...]:
     """Ids of the transformer layers; each is also the name of the tap with the layer's output."""
-    return tuple(f"encoder.{i}" for i in range(spec["num_hidden_layers"]))
+    sides = FAMILIES[spec.family].layer
+    return tuple(f"{side}.{i}" for side in sides for i in range(spec.of(side, "num_hidden_layers")))
 
 
 def roles(spec: Spec, block: str) -> dict[str, str]:
@@ -53,10 +69,10 @@ def roles(spec: Spec, block: str) -> dict[str, str]:
     family, p = FAMILIES[spec.family], prefix(spec)
     side, *rest = block.split(".")
     if side == "head":
-        return {"owner": HEADS[spec.head]}
+        return {"owner": family.heads[spec.head]}
     if side == "frontend":
-        owner = p + family.frontend.format(rest[0])
-        return {"owner": owner, "conv": f"{owner}.conv", "norm": f"{owner}.layer_norm"}
+        owner = p + family.frontend.format(rest[0], int(rest[0]) + 1)
+        return {"owner": owner, "conv": owner + family.conv, "norm": f"{owner}.layer_norm"}
     owner = p + family.layer[side].format(rest[0])
     if len(rest) == 1:
         return {"owner": owner}

@@ -21,12 +21,12 @@ BATCH = P(("data", "fsdp"))
 
 # (out, in) weights: outputs of q, k, v, up are split over `tensor`, inputs of o, down; the other side over `fsdp`.
 RULES: tuple[tuple[str, P], ...] = (
-    (r"(q_proj|k_proj|v_proj|intermediate_dense)(\.up)?\.weight$", P("tensor", "fsdp")),
-    (r"(q_proj|k_proj|v_proj|intermediate_dense)\.bias$", P("tensor")),
-    (r"(out_proj|output_dense)(\.down)?\.weight$", P("fsdp", "tensor")),
+    (r"(q_proj|k_proj|v_proj|intermediate_dense|fc1)(\.up)?\.weight$", P("tensor", "fsdp")),
+    (r"(q_proj|k_proj|v_proj|intermediate_dense|fc1)\.bias$", P("tensor")),
+    (r"(out_proj|output_dense|fc2)(\.down)?\.weight$", P("fsdp", "tensor")),
     (r"feature_[qk]\.weight$", P("tensor")),                                  # (H, F, K)
-    (r"projection\.weight$|lm_head\.weight$", P(None, "fsdp")),
-    (r"conv_layers\.\d+\.conv\.weight$", P("fsdp")),
+    (r"projection\.weight$|lm_head\.weight$|proj_out\.weight$|embed_tokens\.weight$", P(None, "fsdp")),
+    (r"conv_layers\.\d+\.conv\.weight$|encoder\.conv[12]\.weight$", P("fsdp")),
     (r"original1$|pos_conv_embed\.conv\.weight$", P("fsdp")),
 )
 

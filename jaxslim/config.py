@@ -1,4 +1,4 @@
-"""Frozen dataclasses <-> YAML, with `key=value` overrides. Strict: an unknown key is an error naming the nearest one."""
+"""Frozen dataclasses <-> YAML, with `key=value` overrides. Strict: an unknown key is an error naming the nearest."""
 from __future__ import annotations
 
 import dataclasses
@@ -75,6 +75,8 @@ class Train:
                               "at least 1.")
         if self.remat not in ("none", "dots", "full"):
             raise ConfigError(f"train.remat {self.remat!r}: use none, dots or full.")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ConfigError(f"train.dtype {self.dtype!r}: use float32, bfloat16 or float16.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,10 @@ class Stage:
     method: str
     options: dict[str, Any] = dataclasses.field(default_factory=dict)   # the method's dataclass, strict
     train: Train | None = None
+
+    def __post_init__(self):
+        if not re.fullmatch(r"\w[\w-]*", self.name):
+            raise ConfigError(f"name {self.name!r} names a folder: use letters, digits, _ and -.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +104,8 @@ class Recipe:
 
     def __post_init__(self):
         names = [s.name for s in self.stages]
+        if not names:
+            raise ConfigError("The recipe has no stages.")
         if len(set(names)) != len(names):
             raise ConfigError(f"Stage names must differ; got {names}.")
 
@@ -113,7 +121,14 @@ class Run(Train):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but 1e-3 is a number (PyYAML alone reads a string)."""
+    """YAML 1.1, but 1e-3 is a number (PyYAML alone reads a string), and a key that stands twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(problem=f"the key {twice[0]!r} stands twice",
+                                                    problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
@@ -129,7 +144,7 @@ def parse_yaml(text: str, where: str = "YAML") -> Any:
 
 
 def load(cls: type, path: str, overrides: Sequence[str] = ()) -> Any:
-    """Reads a YAML file into dataclass `cls`; `overrides` are 'a.b=value', stages by name ('align.train.max_steps=10')."""
+    """Reads a YAML file into dataclass `cls`; `overrides` are 'a.b=value', stages by name ('align.train.seed=1')."""
     file = epath.Path(path)
     if not file.exists():
         raise ConfigError(f"Config {path} does not exist.")
@@ -140,15 +155,16 @@ def load(cls: type, path: str, overrides: Sequence[str] = ()) -> Any:
         key, sep, value = item.partition("=")
         if not sep:
             raise ConfigError(f"Override {item!r} must look like key=value.")
-        _override(tree, key.strip().lstrip("-").replace("-", "_"), parse_yaml(value, item))
+        _override(tree, key.strip().lstrip("-"), parse_yaml(value, item))
     return build(cls, tree, path)
 
 
 def _override(tree: dict, key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    node: Any = tree
+    *parents, last = key.replace("-", "_").split(".")
+    node, listed = tree, tree.get("stages")
     for i, part in enumerate(parents):
-        stages = {s.get("name"): s for s in node.get("stages", [])} if i == 0 and isinstance(node, dict) else {}
+        stages = {str(s.get("name")).replace("-", "_"): s for s in listed if isinstance(s, dict)} if (
+            i == 0 and isinstance(listed, list)) else {}
         if part in stages:
             node = stages[part]
             continue

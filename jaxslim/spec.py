@@ -164,6 +164,8 @@ class Spec:
                             "was it written by a newer jaxslim?")
         if "family" not in ours:
             raise SpecError("config.json: no 'family' under 'jaxslim'; the file is damaged.")
+        if "family" not in ours:
+            raise SpecError("config.json: no 'family' under 'jaxslim'; the file is damaged.")
         return cls(config, **ours)
 
 

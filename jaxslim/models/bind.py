@@ -30,6 +30,10 @@ def _skeleton(spec: Spec):
     for block in spec.blocks:
         if block not in known:
             raise SpecError(f"Spec: this {spec.family} model has no block {block!r}.{nearest(block, known)}")
+    known = roles.blocks(spec)
+    for block in spec.blocks:
+        if block not in known:
+            raise SpecError(f"Spec: this {spec.family} model has no block {block!r}.{nearest(block, known)}")
     module = importlib.import_module(f"jaxslim.models.{FAMILIES[spec.family]}").build(spec)
     graphdef, state = nnx.split(module)
     paths = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(state)}

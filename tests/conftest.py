@@ -1,0 +1,50 @@
+"""What all tests share: a compilation cache, the CPU, no network; and a small data set with a model that fits it."""
+import json
+import os
+import pathlib
+
+# before anything imports jax; subprocesses inherit it
+ROOT = pathlib.Path(__file__).parents[1]
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache/tests-xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import tiny  # noqa: E402
+
+from jaxslim import hub  # noqa: E402
+from jaxslim.train.log import wav_bytes  # noqa: E402
+
+LETTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", "a", "b", "c", "d", "e", "f"]  # as many as tiny.SMALL has outputs
+TEXTS = ["ab", "cad be", "face", "bed fade", "dad", "cab", "feed a cab", "deaf"]
+
+
+def write_data(folder: pathlib.Path, seconds=(0.05, 0.1), rows: int = 8, seed: int = 0) -> str:
+    """A manifest of short noisy clips, their lengths between `seconds`; the path to it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, lines = np.random.default_rng(seed), []
+    for i in range(rows):
+        length = int(16000 * rng.uniform(*seconds))
+        (folder / f"{i}.wav").write_bytes(wav_bytes(0.3 * rng.standard_normal(length)))
+        lines.append(json.dumps({"id": f"clip-{i}", "audio": f"{i}.wav", "text": TEXTS[i % len(TEXTS)]}))
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    return str(folder / "rows.jsonl")
+
+
+def write_model(folder: pathlib.Path, **changes) -> str:
+    """A random model with LETTERS as its vocabulary, as a Hugging Face folder; the path to it."""
+    model = tiny.slim(**{"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True, **changes})
+    hub.save(model, folder)
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(LETTERS)}))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"return_attention_mask": True}))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> dict[str, str]:
+    """Paths of a small model and of its data: {"model", "train", "validation", "test"}."""
+    folder = tmp_path_factory.mktemp("small")
+    return {"model": write_model(folder / "model"),
+            **{name: write_data(folder / name, seed=i) for i, name in enumerate(("train", "validation", "test"))}}

@@ -7,6 +7,8 @@ import tiny
 import tiny_whisper as tw
 
 from jaxslim import hub
+from jaxslim.data import mel
+from jaxslim.data.rows import load_rows
 from jaxslim.models import bind
 from jaxslim.models.layers import Call
 
@@ -146,3 +148,35 @@ def test_training_pass_is_finite(tmp_path):
     out = ours(input_features=tw.features(2, 80, 40), decoder_input_ids=tw.ids(), key=jax.random.key(0), remat="dots")
     plain = ours(input_features=tw.features(2, 80, 40), decoder_input_ids=tw.ids())
     assert np.isfinite(out.logits).all() and not np.allclose(out.logits, plain.logits)
+
+
+@pytest.mark.parametrize("mels", [80, 128])
+def test_log_mel_equals_the_extractor(mels):
+    from transformers import WhisperFeatureExtractor
+
+    oracle, rng = WhisperFeatureExtractor(feature_size=mels), np.random.default_rng(0)
+    rows = load_rows("bundled:prompts-en/test")
+    clips = [rows.audio(i) for i in range(4)] + [rng.standard_normal(20_001).astype(np.float32), np.zeros(16_000),
+                                                 np.sin(np.arange(31 * 16_000) * 0.3).astype(np.float32)]
+    have, mask = mel.features(clips, mels)
+    want = oracle(clips, sampling_rate=16000, return_tensors="np", return_attention_mask=True)
+    assert have.shape == (7, mels, 3000) and have.dtype == np.float32
+    np.testing.assert_array_equal(mask, want["attention_mask"])
+    assert np.abs(np.asarray(have) - want["input_features"]).max() <= 1e-4   # with PyTorch it rounds in fp32,
+    padded = [np.pad(c[:480_000], (0, max(0, 480_000 - len(c)))) for c in clips]
+    exact = oracle._np_extract_fbank_features(padded, "cpu")                  # without PyTorch in fp64
+    assert np.abs(np.asarray(have) - exact).max() <= 1e-6
+
+
+def test_log_mel_of_long_audio():
+    from transformers import WhisperFeatureExtractor
+
+    clip = load_rows("bundled:prompts-en/test").audio(0)
+    long = [np.tile(clip, 27)[: 35 * 16_000 + 77], clip]
+    have, mask = mel.features(long, longest=True)
+    want = WhisperFeatureExtractor()(long, sampling_rate=16000, return_tensors="np", padding="longest",
+                                     truncation=False, return_attention_mask=True)
+    np.testing.assert_array_equal(mask, want["attention_mask"])
+    assert np.abs(np.asarray(have) - want["input_features"]).max() <= 1e-4
+    with pytest.raises(ValueError, match="shorter than one window"):
+        mel.features([clip[:300]], longest=True)

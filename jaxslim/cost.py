@@ -16,13 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxslim.models import bind
-from jaxslim.models.roles import blocks, prefix, roles
+from jaxslim.models import adapters, bind, heads, positions
+from jaxslim.models.roles import FAMILIES, blocks, prefix, roles
 from jaxslim.slim import Slim
 from jaxslim.spec import Spec, SpecError, kind
 
 SAMPLING_RATE = 16000  # of every model of this release
-REST = {"projection": "feature_projection.", "positional": "encoder.pos_conv_embed."}  # parts that are no block
 
 
 class Macs(NamedTuple):
@@ -40,13 +39,15 @@ def params(spec: Spec) -> int:
 def params_by_block(spec: Spec) -> dict[str, int]:
     """Block id -> parameters, front to back, with 'projection', 'positional' and 'other' (the encoder's own norm, the
     mask embedding). Norms inside a transformer layer count with the sub-layer that roles.py gives them to."""
-    owners = {roles(spec, b).get(role): b for b in blocks(spec) for role in ("owner", "norm")}
-    owners |= {prefix(spec) + name.rstrip("."): part for part, name in REST.items()}
+    owners = {roles(spec, b).get(role): b for b in blocks(spec) for role in ("owner", "norm", "bottleneck")}
+    inner = prefix(spec)
+    owners |= {inner + name: part for part, name in FAMILIES[spec.family].rest.items()}
     table = dict.fromkeys(_parts(spec), 0)
     for name, leaf in bind.shapes(spec).items():
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             ends = (i for i, c in enumerate(name) if c == ".")
-            part = next((owners[name[:i]] for i in ends if name[:i] in owners), "other")
+            other = "other" if name.startswith(inner) else "head"
+            part = next((owners[name[:i]] for i in ends if name[:i] in owners), other)
             table[part] = table.get(part, 0) + math.prod(leaf.shape)
     return table
 
@@ -65,7 +66,9 @@ def macs(spec: Spec, seconds: float = 10.0, batch: int = 1, *, as_run: bool = Fa
         return Macs(traced_macs(spec, seconds, batch, attention="blocked"), {})
     if spec.family not in FORMULAS:
         raise SpecError(f"MACs: no formula for family {spec.family!r}; known are {sorted(FORMULAS)}.")
-    table = {block: batch * n for block, n in FORMULAS[spec.family](spec, frames)}
+    table = {}
+    for block, n, *once in FORMULAS[spec.family](spec, frames):  # `once`: MACs that do not grow with the batch
+        table[block] = table.get(block, 0) + batch * n + sum(once)
     return Macs(sum(table.values()), table)
 
 
@@ -139,10 +142,12 @@ def _forward(model: Slim, wave: jax.Array, attention: str):
 
 
 def _parts(spec: Spec) -> list[str]:
-    """Blocks and the two parts that are none, front to back."""
+    """Blocks and the parts that are none, front to back."""
     ids = blocks(spec)
-    front = [b for b in ids if kind(b) == "frontend"]
-    return [*front, *REST, *ids[len(front):]]
+    front, head = ([b for b in ids if kind(b) == what] for what in ("frontend", "head"))
+    rest = [part for part in FAMILIES[spec.family].rest if part != "adapter" or spec.get("add_adapter")]
+    early, late = ([part for part in rest if (part == "adapter") == last] for last in (False, True))
+    return [*front, *early, *ids[len(front) : len(ids) - len(head)], *late, *head]
 
 
 def _samples(seconds: float) -> int:
@@ -161,7 +166,7 @@ def _lengths(spec: Spec, seconds: float) -> list[int]:
 
 
 def _wav2vec2(spec: Spec, lengths: list[int]) -> Iterator[tuple[str, int]]:
-    """(block, MACs) of a wav2vec2 or HuBERT model for one clip; `lengths` from `_lengths`."""
+    """(block, MACs) of a wav2vec2, HuBERT or WavLM model for one clip; `lengths` from `_lengths`."""
     width, last = spec["hidden_size"], len(lengths) - 1
     for i, n in enumerate(lengths):
         yield f"frontend.{i}", n * spec.channels(i) * spec.channels(i - 1) * spec["conv_kernel"][i]
@@ -171,20 +176,57 @@ def _wav2vec2(spec: Spec, lengths: list[int]) -> Iterator[tuple[str, int]]:
     yield "positional", T * width * group * spec["num_conv_pos_embeddings"]
     for i in range(spec["num_hidden_layers"]):
         yield f"encoder.{i}.attention", _attention(spec, f"encoder.{i}.attention", T)
-        f = spec.ffn(f"encoder.{i}.ffn")
-        yield f"encoder.{i}.ffn", T * (_linear(width, f.units, f, "up") + _linear(f.units, width, f, "down"))
+        if spec["do_stable_layer_norm"] and (inner := spec.get("adapter_attn_dim")):
+            yield f"encoder.{i}.ffn", T * 2 * width * inner
+        yield f"encoder.{i}.ffn", _ffn(spec, f"encoder.{i}.ffn", T)
+    T = yield from _conv_adapter(spec, T)
     if spec.head != "none":
-        yield "head", T * width * spec["vocab_size"]
+        yield "head", _head(spec, T)
+
+
+def _ffn(spec: Spec, block: str, T: int) -> int:
+    f, width = spec.ffn(block), spec["hidden_size"]
+    return T * (_linear(width, f.units, f, "up") + _linear(f.units, width, f, "down"))
+
+
+def _conv_adapter(spec: Spec, T: int) -> Iterator[tuple[str, int]]:
+    """Conv adapters behind an encoder; returns the frames they leave."""
+    if not spec.get("add_adapter"):
+        return T
+    width, kernel, stride = heads.width(spec), spec["adapter_kernel_size"], spec["adapter_stride"]
+    total = T * spec["hidden_size"] * width if width != spec["hidden_size"] else 0
+    for _ in range(spec["num_adapter_layers"]):
+        T = (T + 2 * adapters.PADDING - kernel) // stride + 1
+        total += T * 2 * width * width * kernel
+    yield "adapter", total
+    return T
+
+
+def _head(spec: Spec, T: int) -> int:
+    width = heads.width(spec)
+    if spec.head == "ctc":
+        return T * width * spec["vocab_size"]
+    if spec.head == "frames":
+        return T * width * heads.labels(spec)
+    if spec.head == "classification":
+        return spec["classifier_proj_size"] * (T * width + heads.labels(spec))
+    dims, size = spec["tdnn_dim"], spec["xvector_output_dim"]
+    total = T * width * dims[0] + 2 * dims[-1] * size + size * size
+    for din, dout, kernel, dilation in zip([dims[0], *dims], dims, spec["tdnn_kernel"], spec["tdnn_dilation"]):
+        T -= dilation * (kernel - 1)
+        total += T * din * dout * kernel
+    return total
 
 
 def _attention(spec: Spec, block: str, T: int) -> int:
     a, width = spec.attention(block), spec["hidden_size"]
-    heads = len(a.heads)
-    qk, v = heads * a.qk_dim, heads * a.v_dim
+    count = len(a.heads)
+    qk, v = count * a.qk_dim, count * a.v_dim
     projections = sum(_linear(*dims, a, role) for role, dims in
                       {"q": (width, qk), "k": (width, qk), "v": (width, v), "o": (v, width)}.items())
     if a.mixer == "softmax":
-        return T * projections + T * T * (qk + v)                    # scores, weighted sum
+        gates = count * (width // spec["num_attention_heads"]) * positions.GATES if spec.family == "wavlm" else 0
+        return T * (projections + gates) + T * T * (qk + v)          # scores, weighted sum
     if a.mixer == "hedgehog":
         features = a.options["features"]
         return T * (projections + 2 * features * (qk + 2 * v))       # phi(q) and phi(k); state and its read-out
@@ -199,4 +241,4 @@ def _linear(din: int, dout: int, block, role: str) -> int:
     return (din * dout if rank is None else rank * (din + dout)) + (lora["rank"] * (din + dout) if lora else 0)
 
 
-FORMULAS = {"wav2vec2": _wav2vec2, "hubert": _wav2vec2}
+FORMULAS = {"wav2vec2": _wav2vec2, "hubert": _wav2vec2, "wavlm": _wav2vec2}

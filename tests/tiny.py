@@ -33,8 +33,9 @@ def torch_model(config: dict[str, Any], head: str = "ctc", seed: int = 0):
     import torch
     import transformers
 
-    names = {"wav2vec2": "Wav2Vec2", "hubert": "Hubert"}
-    cls = getattr(transformers, names[config["model_type"]] + {"ctc": "ForCTC", "none": "Model"}[head])
+    from jaxslim import hub
+
+    cls = getattr(transformers, hub._architecture(config["model_type"], head))
     model = cls(transformers.CONFIG_MAPPING[config["model_type"]].from_dict(config)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

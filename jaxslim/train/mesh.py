@@ -24,6 +24,12 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(q_proj|k_proj|v_proj|intermediate_dense|fc1)(\.up)?\.weight$", P("tensor", "fsdp")),
     (r"(q_proj|k_proj|v_proj|intermediate_dense|fc1)\.bias$", P("tensor")),
     (r"(out_proj|output_dense|fc2)(\.down)?\.weight$", P("fsdp", "tensor")),
+    (r"(linear_[qkv]|linear_pos|relative_k_proj|linear1|adapter_layer\.linear_1)(\.up)?\.weight$", P("tensor", "fsdp")),
+    (r"(linear_[qkv]|linear1|adapter_layer\.linear_1)\.bias$", P("tensor")),
+    (r"(linear_out|o_proj|linear2|adapter_layer\.linear_2)(\.down)?\.weight$", P("fsdp", "tensor")),
+    (r"pos_bias_[uv]$|self_attn\.bias_[uv]$", P("tensor")),                   # (H, K)
+    (r"pointwise_conv[12]\.weight$|adapter\.layers\.\d+\..*conv\.weight$", P("fsdp")),
+    (r"projector\.weight$|classifier\.weight$|tdnn\.\d+\.kernel\.weight$|ctc_head\.weight$", P(None, "fsdp")),
     (r"feature_[qk]\.weight$", P("tensor")),                                  # (H, F, K)
     (r"projection\.weight$|lm_head\.weight$|proj_out\.weight$|embed_tokens\.weight$", P(None, "fsdp")),
     (r"conv_layers\.\d+\.conv\.weight$|encoder\.conv[12]\.weight$", P("fsdp")),

@@ -1,0 +1,193 @@
+"""Every speech family against PyTorch transformers: switches, heads, padding, gradients, round trip, costs."""
+import functools
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from jaxslim import cost, hub
+from jaxslim.models import bind
+from jaxslim.models.roles import layers
+
+torch = pytest.importorskip("torch")
+
+HEADS = dict(classifier_proj_size=10, tdnn_dim=[8, 6, 10], tdnn_kernel=[3, 2, 1], tdnn_dilation=[1, 2, 1],
+             xvector_output_dim=7, num_labels=5)
+STABLE = dict(feat_extract_norm="layer", do_stable_layer_norm=True)
+MMS = dict(STABLE, adapter_attn_dim=6)
+WAVLM = dict(num_buckets=20, max_bucket_distance=30)  # exact up to 5 frames, clipped from 30
+CASES = {  # name: (family, head, changes, quick)
+    "classification": ("wav2vec2", "classification", {}, 1),
+    "classification-sum": ("hubert", "classification", dict(use_weighted_layer_sum=True), 0),
+    "frames-sum": ("wav2vec2", "frames", dict(STABLE, use_weighted_layer_sum=True), 1),
+    "frames": ("wav2vec2", "frames", {}, 0),
+    "xvector": ("wav2vec2", "xvector", {}, 0),
+    "xvector-sum": ("wav2vec2", "xvector", dict(use_weighted_layer_sum=True), 1),
+    "mms": ("wav2vec2", "ctc", MMS, 1),
+    "mms-hubert": ("hubert", "none", MMS, 0),
+    "adapter": ("wav2vec2", "ctc", dict(add_adapter=True, num_adapter_layers=2), 0),
+    "adapter-narrow": ("wav2vec2", "ctc", dict(add_adapter=True, output_hidden_size=24, adapter_kernel_size=4), 1),
+    "adapter-model": ("wav2vec2", "none", dict(add_adapter=True, adapter_stride=3), 0),
+    "wavlm": ("wavlm", "ctc", WAVLM, 1),
+    "wavlm-stable": ("wavlm", "xvector", dict(WAVLM, **STABLE, use_weighted_layer_sum=True, conv_bias=True), 1),
+    "wavlm-model": ("wavlm", "none", dict(STABLE, num_buckets=320, max_bucket_distance=800, num_hidden_layers=3), 1),
+    "wavlm-classification": ("wavlm", "classification", dict(WAVLM), 0),
+    "wavlm-frames": ("wavlm", "frames", dict(WAVLM, **STABLE), 0),
+    "wavlm-adapter": ("wavlm", "ctc", dict(WAVLM, add_adapter=True), 0),
+}
+PARAMS = [pytest.param(name, id=name, marks=() if case[3] else pytest.mark.slow) for name, case in CASES.items()]
+GRADIENTS = ("mms", "xvector-sum", "wavlm")
+ROBUST = {"mms": MMS, "wavlm": dict(WAVLM, **STABLE)}  # models that padding cannot touch
+
+
+def config(name):
+    family, _, changes, _ = CASES[name]
+    return tiny.config(family, **{**HEADS, **changes})
+
+
+def batch(family, fill=3.0, lengths=(2000, 1130, 2000)):
+    """Named inputs of a family: a padded batch whose padding is noise."""
+    values, mask = tiny.waves(*lengths, fill=fill)
+    return {"input_values": values, "attention_mask": mask}
+
+
+def torch_inputs(inputs):
+    return {k: torch.from_numpy(v) for k, v in inputs.items()}
+
+
+def outputs(out):
+    """Everything an output holds, in order."""
+    last = out.logits if getattr(out, "logits", None) is not None else out.last_hidden_state
+    return (*out.hidden_states, last)
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_parity_and_round_trip(name, tmp_path):
+    family, head, *_ = CASES[name]
+    model = tiny.torch_model(config(name), head)
+    ours = hub.load(tiny.save(model, tmp_path / "hf"))
+    assert (ours.spec.family, ours.spec.head) == (family, head)
+    for mask in (True, False):
+        inputs = batch(family)
+        if not mask:
+            del inputs["attention_mask"]
+        with torch.no_grad():
+            want = outputs(model(**torch_inputs(inputs), output_hidden_states=True))
+        have = outputs(ours(**inputs, output_hidden_states=True))
+        assert len(have) == len(want)
+        assert max(tiny.close(h, w) for h, w in zip(have, want)) < 2e-5
+
+    hub.save(ours, tmp_path / "ours")
+    import transformers
+
+    again = getattr(transformers, type(model).__name__).from_pretrained(tmp_path / "ours").state_dict()
+    for k, v in model.state_dict().items():
+        np.testing.assert_array_equal(again[k].numpy(), v.numpy(), err_msg=k)
+    stored = hub.load(tmp_path / "ours")
+    assert stored.spec.blocks == {} and stored.fingerprint == ours.fingerprint
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_costs_are_exact(name):
+    family, head, *_ = CASES[name]
+    spec = tiny.slim(config(name), head).spec
+    specs = [spec, shrunk(spec)]
+    for s in specs:
+        for seconds, rows in ((0.2, 1), (0.31, 3)):
+            counted = cost.macs(s, seconds, rows)
+            assert counted.total == cost.traced_macs(s, seconds, rows)
+        table = cost.params_by_block(s)
+        assert sum(table.values()) == sum(v.size for v in bind.shapes(s).values() if v.dtype == np.float32)
+        assert set(counted.blocks) <= set(table)
+        assert table.get("other", 0) <= 4 * spec["hidden_size"] + spec["hidden_size"]
+
+
+def shrunk(spec):
+    """A Spec that differs in every way that the family supports."""
+    spec = spec.with_block("encoder.0.attention", heads=[3, 1], v_dim=5, lora={"q": {"rank": 2, "alpha": 4}}, k_rank=3)
+    spec = spec.with_block("encoder.1.attention", mixer="hedgehog", options={"features": 4}, heads=[0, 2])
+    for block in sorted(bind_blocks(spec)):
+        if block == "ffn" or block == "ffn1":
+            spec = spec.with_block(f"encoder.0.{block}", units=7, up_rank=4, down_rank=3)
+        if block == "ffn2":
+            spec = spec.with_block(f"encoder.1.{block}", units=0)
+        if block == "conv":
+            spec = spec.with_block(f"encoder.1.{block}", channels=9)
+    return spec
+
+
+def bind_blocks(spec):
+    from jaxslim.models.roles import FAMILIES
+
+    return FAMILIES[spec.family].parts
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_equal_pytorch(name, tmp_path):
+    family, head, *_ = CASES[name]
+    model = tiny.torch_model(config(name), head)
+    ours = hub.load(tiny.save(model, tmp_path))
+    inputs = batch(family)
+
+    def loss(params):
+        return (jax.nn.log_softmax(ours.replace(params=params)(**inputs).logits)[..., 3] ** 2).mean()
+
+    grads = jax.grad(loss, allow_int=True)(ours.params)
+    (torch.log_softmax(model(**torch_inputs(inputs)).logits, -1)[..., 3] ** 2).mean().backward()
+    want = {k: p.grad.numpy() for k, p in model.named_parameters() if p.grad is not None}
+    assert len(want) > 0.8 * len(grads)
+    largest = max(np.abs(g).max() for g in want.values())
+    for k, g in want.items():
+        scale = max(np.abs(g).max(), 1e-2 * largest)  # k_proj.bias has a gradient of 0 but for rounding
+        tiny.close(np.asarray(grads[k]) / scale, g / scale, 1e-3)
+
+
+@pytest.mark.parametrize("name", ROBUST)
+def test_padding_garbage_and_batching_change_nothing(name):
+    changes = {**HEADS, **ROBUST[name]}
+    family = CASES[name][0]
+    ours = tiny.slim(tiny.config(family, **changes), "ctc")
+    taps = ("projection", "embedding", *layers(ours.spec), "logits",
+            *(f"encoder.0.{part}.{side}" for part in bind_blocks(ours.spec) for side in ("in", "out")))
+    lengths = (2000, 1130, 480)
+    run = functools.partial(ours, output_hidden_states=True, taps=taps)
+    clean, dirty = (run(**batch(family, fill, lengths)) for fill in (0.0, 50.0))
+    assert set(clean.taps) == set(taps)
+    for tap in taps:  # taps are zero where nothing is
+        np.testing.assert_array_equal(clean.taps[tap], dirty.taps[tap], err_msg=tap)
+        assert not np.any(clean.taps[tap][1, int(clean.lengths[1]):])
+    for row, samples in enumerate(lengths):
+        alone = run(**{k: v[row : row + 1, : samples_of(family, samples)]
+                       for k, v in batch(family, 0.0, lengths).items()})
+        frames = int(clean.lengths[row])
+        for a, b in zip(outputs(clean), outputs(alone)):
+            assert tiny.close(a[row, :frames], b[0, :frames]) < 2e-5
+
+
+def samples_of(family, samples):
+    return samples
+
+
+def test_wavlm_heads_keep_their_numbers():
+    """Heads that stay see the same bias whatever else is cut, also when the first layer has none left."""
+    full = tiny.slim(tiny.config("wavlm", **{**HEADS, **WAVLM, **STABLE}), "ctc")
+    values, mask = tiny.waves(2000, 1130)
+    keep, width = [3, 1], 8
+    rows = np.concatenate([np.arange(h * width, (h + 1) * width) for h in keep])
+    spec, params = full.spec.with_block("encoder.1.attention", heads=keep), dict(full.params)
+    masked = dict(full.params)
+    base = "wavlm.encoder.layers.1.attention."
+    for name in ("q_proj", "k_proj", "v_proj"):
+        for leaf in ("weight", "bias"):
+            params[f"{base}{name}.{leaf}"] = params[f"{base}{name}.{leaf}"][rows]
+    params[f"{base}out_proj.weight"] = params[f"{base}out_proj.weight"][:, rows]
+    masked[f"{base}out_proj.weight"] = np.where(np.isin(np.arange(32), rows), full.params[f"{base}out_proj.weight"], 0)
+    a = full.replace(spec=spec, params=params)(input_values=values, attention_mask=mask)
+    b = full.replace(params=masked)(input_values=values, attention_mask=mask)
+    assert tiny.close(a.logits, b.logits) < 2e-6
+
+    none = full.spec.with_block("encoder.0.attention", heads=[])
+    assert "wavlm.encoder.layers.0.attention.rel_attn_embed.weight" in bind.shapes(none)
+    params = {k: full.params[k] for k in bind.shapes(none)}
+    assert np.isfinite(full.replace(spec=none, params=params)(input_values=values).logits).all()

@@ -2,8 +2,8 @@
 
 A model is named by `bundled:NAME`, a local folder (or `gs://...`), or a hub id `org/name[@revision]`. What is read is
 checked against `models.bind.shapes`: missing, unexpected or misshapen weights are an error that lists them, except for
-the few names in LEFTOVERS and OPTIONAL. What is written opens in `transformers` as long as no block differs from the
-config.
+the few names in LEFTOVERS and OPTIONAL. What is written opens in `transformers`: a stock model as it is, one with
+changed blocks through the code that `torch_code` writes beside it.
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from jaxslim import __version__
+from jaxslim import __version__, torch_code
 from jaxslim.models import bind
 from jaxslim.models.roles import prefix
 from jaxslim.slim import Slim
@@ -35,7 +35,7 @@ SHARD = r"model-\d+-of-\d+\.safetensors"
 CARRIED = ("vocab.json", "vocab.txt", "merges.txt", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
            "special_tokens_map.json", "added_tokens.json", "normalizer.json", "preprocessor_config.json",
            "processor_config.json", "generation_config.json", "LICENSE", "NOTICE")  # go from a source folder along
-OURS = (*CARRIED, CONFIG, WEIGHTS, "stage.json", "parity.json")  # files of a saved folder that a new save replaces
+OURS = (*CARRIED, CONFIG, WEIGHTS, "stage.json", "parity.json", *torch_code.FILES)  # what a new save replaces
 
 # architecture -> (family, head). The first of each (family, head) is what is written.
 SPEECH_HEADS = {"Model": "none", "ForCTC": "ctc", "ForSequenceClassification": "classification",
@@ -73,7 +73,7 @@ def load(name: str | os.PathLike, *, revision: str | None = None, dtype: Any = N
       HubError: nothing there, not a model this release reads, or weights that do not fit the config.
     """
     path = folder(name, revision=revision)
-    config = _config(path, str(name))
+    config = torch_code.restore(_config(path, str(name)))
     family, head = _family(config, path)
     weights = _rename(_weights(path, str(name)))
     if head is None:
@@ -118,7 +118,8 @@ def folder(name: str | os.PathLike, *, revision: str | None = None) -> pathlib.P
     return _download(match[1], revision or match[2])
 
 
-def save(model: Slim, folder: str | os.PathLike, *, source: str | os.PathLike | None = None, dtype: Any = None) -> None:
+def save(model: Slim, folder: str | os.PathLike, *, source: str | os.PathLike | None = None, dtype: Any = None,
+         verify: Callable[[pathlib.Path], None] | None = None) -> None:
     """Writes config.json and model.safetensors, all or nothing: into a sibling first, then renamed.
 
     A folder that an earlier `save` wrote is replaced (files there that are none of a model's are kept); any other
@@ -130,13 +131,14 @@ def save(model: Slim, folder: str | os.PathLike, *, source: str | os.PathLike | 
       folder: where to; `gs://...` works too, without the rename.
       source: folder or name of a model whose tokenizer, processor and licence files are copied along.
       dtype: of the stored floats, such as "float16" to halve the file; None = as they are.
+      verify: called with the written folder before it is put in place; what it raises leaves `folder` as it was.
     Raises:
       HubError: the folder is not ours or cannot be written, or the model does not fit its Spec.
     """
     carried = () if source is None else _carried(source)
     text = os.fspath(folder)
     if "://" in text:
-        return _upload(model, text, carried, dtype)
+        return _upload(model, text, carried, dtype, verify)
     target = pathlib.Path(text).expanduser().resolve()
     aside, old = (target.parent / f".{target.name}.{what}" for what in ("partial", "old"))
     try:
@@ -147,6 +149,8 @@ def save(model: Slim, folder: str | os.PathLike, *, source: str | os.PathLike | 
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         _write(model, aside, carried, dtype)
+        if verify:
+            verify(aside)
         if target.exists():
             for kept in target.iterdir():
                 if kept.name not in OURS:
@@ -295,12 +299,14 @@ def _fetch(url: str) -> pathlib.Path:
     return local
 
 
-def _upload(model: Slim, url: str, carried, dtype) -> None:
+def _upload(model: Slim, url: str, carried, dtype, verify) -> None:
     from etils import epath
 
     remote = epath.Path(url)
     with tempfile.TemporaryDirectory() as tmp:
         _write(model, pathlib.Path(tmp), carried, dtype)
+        if verify:
+            verify(pathlib.Path(tmp))
         try:
             remote.mkdir(parents=True, exist_ok=True)
             for file in sorted(pathlib.Path(tmp).iterdir(), key=lambda f: f.name == CONFIG):  # config.json last
@@ -471,10 +477,13 @@ def _write(model: Slim, target: pathlib.Path, carried, dtype) -> None:
     floats = {str(v.dtype) for v in params.values() if jnp.issubdtype(v.dtype, jnp.floating)}
     store = None if dtype is None else jnp.dtype(dtype)
     tensors = {k: np.asarray(_stored(v, store), order="C") for k, v in sorted(params.items())}
-    config = {**model.spec.config, "architectures": [_architecture(model.spec.family, model.spec.head)],
-              "model_type": model.spec.family, "dtype": floats.pop() if len(floats) == 1 else "float32"}
+    architecture = _architecture(model.spec.family, model.spec.head)
+    config = {**model.spec.config, "architectures": [architecture], "model_type": model.spec.family,
+              "dtype": floats.pop() if len(floats) == 1 else "float32"}
     if model.spec.blocks:
-        config["jaxslim"] = model.spec.to_json()
+        config = torch_code.config(model.spec, architecture, config)
+        for name, code in torch_code.files(model.spec, architecture).items():
+            (target / name).write_text(code, encoding="utf-8")
     for file in carried:
         shutil.copyfile(file, target / file.name)
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

@@ -45,17 +45,23 @@ ARCHITECTURES = {name + end: (family, head) for family, name in
                  for end, head in SPEECH_HEADS.items()
                  if family != "hubert" or end in ("Model", "ForCTC", "ForSequenceClassification")}
 ARCHITECTURES |= {"WhisperForConditionalGeneration": ("whisper", "seq2seq"), "WhisperModel": ("whisper", "none")}
+TEXT = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert"}
+ARCHITECTURES |= {name + end: (family, head) for family, name in TEXT.items() for end, head in
+                  {"Model": "none", "ForSequenceClassification": "classification", "ForMaskedLM": "none"}.items()}
+ARCHITECTURES["BertForPreTraining"] = ("bert", "none")
 # Head -> (an output matrix that is stored once, under the second name, when the config ties it).
 TIED = {"seq2seq": ("proj_out.weight", "model.decoder.embed_tokens.weight")}
 # Weights that a checkpoint may have and a bare encoder does not use: the heads of pre-training.
 QUANTIZER = r"(quantizer|project_hid|project_q)\."
 LEFTOVERS = {"wav2vec2": QUANTIZER, "hubert": r"(final_proj|label_embs_concat)\b", "wavlm": QUANTIZER,
-             "whisper": r"proj_out\."}
+             "whisper": r"proj_out\.", "bert": r"cls\.", "roberta": r"lm_head\.",
+             "distilbert": r"vocab_(transform|layer_norm|projector)\."}
 # Weights that checkpoints of fine-tuned models lack (transformers draws them at random): only SpecAugment reads them.
-OPTIONAL = r"(.*\.)?masked_spec_embed"
+# Old text checkpoints hold their position numbers too, and a pooler that RoBERTa's classifier does not read.
+OPTIONAL = r"(.*\.)?(masked_spec_embed|embeddings\.position_ids)|roberta\.pooler\..*"
 ALIASES = ((r"\.weight_g$", ".parametrizations.weight.original0"),  # weight norm before torch 2
            (r"\.weight_v$", ".parametrizations.weight.original1"),
-           (r"layer_norm\.gamma$", "layer_norm.weight"), (r"layer_norm\.beta$", "layer_norm.bias"))
+           (r"(layer_norm|LayerNorm)\.gamma$", r"\1.weight"), (r"(layer_norm|LayerNorm)\.beta$", r"\1.bias"))
 
 
 class HubError(ValueError):
@@ -77,7 +83,9 @@ def load(name: str | os.PathLike, *, revision: str | None = None, dtype: Any = N
     family, head = _family(config, path)
     weights = _rename(_weights(path, str(name)))
     if head is None:
-        head = "ctc" if any(k.startswith("lm_head.") for k in weights) else "none"
+        head = "ctc" if family not in TEXT and any(k.startswith("lm_head.") for k in weights) else "none"
+    if family in TEXT and head == "none" and not any("pooler." in k for k in weights):
+        config["add_pooling_layer"] = False  # what transformers calls the switch; its configs do not record it
     for key in ("dtype", "torch_dtype"):  # how a file stores weights says nothing about the model
         config.pop(key, None)
     if "jaxslim" not in config:  # a stock model is stored as what it is read as

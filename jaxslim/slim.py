@@ -18,7 +18,7 @@ Batches = Callable[[], Iterator[dict[str, np.ndarray]]]   # one pass over traini
 
 
 INPUTS = ("input_values", "attention_mask", "input_features", "input_ids", "decoder_input_ids",
-          "decoder_attention_mask")
+          "decoder_attention_mask", "token_type_ids")
 
 
 def inputs(batch: dict[str, Any]) -> dict[str, Any]:
@@ -36,6 +36,7 @@ class Outputs(NamedTuple):
     lengths: jax.Array | None = None                   # (B,) valid frames
     encoder_last_hidden_state: jax.Array | None = None  # (B, S, D); with a decoder the fields above are the decoder's
     encoder_hidden_states: tuple[jax.Array, ...] | None = None
+    pooler_output: jax.Array | None = None             # (B, D), of text encoders with a pooler
 
 
 class Term(NamedTuple):

@@ -31,6 +31,10 @@ NAMES = {
     "whisper": {"hidden_size": "d_model", "num_hidden_layers": "{side}_layers", "hidden_dropout": "dropout",
                 "num_attention_heads": "{side}_attention_heads", "intermediate_size": "{side}_ffn_dim",
                 "layerdrop": "{side}_layerdrop", "hidden_act": "activation_function"},
+    **dict.fromkeys(("bert", "roberta"), {"hidden_dropout": "hidden_dropout_prob",
+                                          "attention_dropout": "attention_probs_dropout_prob"}),
+    "distilbert": {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
+                   "intermediate_size": "hidden_dim", "hidden_dropout": "dropout", "hidden_act": "activation"},
 }
 MIXERS = {"softmax": {}, "hedgehog": {"features": 64, "window": 0}}
 
@@ -162,8 +166,6 @@ class Spec:
         if unknown:
             raise SpecError(f"config.json: unknown keys {sorted(unknown)} under 'jaxslim'; "
                             "was it written by a newer jaxslim?")
-        if "family" not in ours:
-            raise SpecError("config.json: no 'family' under 'jaxslim'; the file is damaged.")
         if "family" not in ours:
             raise SpecError("config.json: no 'family' under 'jaxslim'; the file is damaged.")
         return cls(config, **ours)

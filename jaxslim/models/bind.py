@@ -19,6 +19,7 @@ from jaxslim.spec import Spec, SpecError, nearest
 # model_type -> module in jaxslim.models with build(spec)
 FAMILIES = {"wav2vec2": "wav2vec2", "hubert": "wav2vec2", "wavlm": "wav2vec2"}
 FAMILIES["whisper"] = "whisper"
+FAMILIES |= dict.fromkeys(("bert", "roberta", "distilbert"), "bert")
 AUXILIARY = ("aux.", "teacher/")                           # training-only names; not part of the model
 
 
@@ -26,10 +27,6 @@ AUXILIARY = ("aux.", "teacher/")                           # training-only names
 def _skeleton(spec: Spec):
     if spec.family not in FAMILIES:
         raise SpecError(f"Model family {spec.family!r} is not supported; supported are {sorted(FAMILIES)}.")
-    known = roles.blocks(spec)
-    for block in spec.blocks:
-        if block not in known:
-            raise SpecError(f"Spec: this {spec.family} model has no block {block!r}.{nearest(block, known)}")
     known = roles.blocks(spec)
     for block in spec.blocks:
         if block not in known:
@@ -70,9 +67,13 @@ def bind(spec: Spec, params: Mapping[str, jax.Array]) -> nnx.Module:
 
 def submodule(module: nnx.Module, name: str) -> nnx.Module:
     """The submodule with a Hugging Face name, e.g. 'wav2vec2.encoder.layers.3.attention'."""
-    for part in name.split("."):
-        module = module[int(part)] if part.isdigit() else getattr(module, part)
-    return module
+    if not name:
+        return module
+    part, _, rest = name.partition(".")
+    while rest and not part.isdigit() and not hasattr(module, part):  # names with dots: BERT's "intermediate.dense"
+        more, _, rest = rest.partition(".")
+        part = f"{part}.{more}"
+    return submodule(module[int(part)] if part.isdigit() else getattr(module, part), rest)
 
 
 def to_flax(model: Slim) -> nnx.Module:

@@ -33,6 +33,32 @@ SPEECH = Family("wav2vec2", {"encoder": "encoder.layers.{}"}, {"attention": QKVO
                 "feature_extractor.conv_layers.{}", REST, HEADS)
 FAMILIES = {"wav2vec2": SPEECH, "hubert": SPEECH._replace(prefix="hubert"), "wavlm": SPEECH._replace(prefix="wavlm")}
 
+CONFORMER = Family("wav2vec2_conformer", {"encoder": "encoder.layers.{}"}, {
+    "ffn1": {"owner": "ffn1", "up": "ffn1.intermediate_dense", "down": "ffn1.output_dense", "norm": "ffn1_layer_norm"},
+    "attention": {"owner": "self_attn", "q": "self_attn.linear_q", "k": "self_attn.linear_k", "v": "self_attn.linear_v",
+                  "o": "self_attn.linear_out", "pos": "self_attn.linear_pos", "bias_u": "self_attn.pos_bias_u",
+                  "bias_v": "self_attn.pos_bias_v", "norm": "self_attn_layer_norm"},
+    "conv": {"owner": "conv_module", "up": "conv_module.pointwise_conv1", "down": "conv_module.pointwise_conv2",
+             "conv": "conv_module.depthwise_conv", "inner": "conv_module.batch_norm", "norm": "conv_module.layer_norm"},
+    "ffn2": {"owner": "ffn2", "up": "ffn2.intermediate_dense", "down": "ffn2.output_dense", "norm": "ffn2_layer_norm",
+             "last": "final_layer_norm"}}, SPEECH.frontend, REST, HEADS)
+W2V_BERT = CONFORMER._replace(
+    prefix="wav2vec2_bert", frontend="",
+    parts=CONFORMER.parts | {"conv": CONFORMER.parts["conv"] | {"inner": "conv_module.depthwise_layer_norm"}},
+    rest={"projection": "feature_projection", "intermediate": "intermediate_ffn", "adapter": "adapter"})
+PARAKEET = Family("encoder", {"encoder": "layers.{}"}, {
+    "ffn1": {"owner": "feed_forward1", "up": "feed_forward1.linear1", "down": "feed_forward1.linear2",
+             "norm": "norm_feed_forward1"},
+    "attention": {"owner": "self_attn", "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
+                  "o": "self_attn.o_proj", "pos": "self_attn.relative_k_proj", "bias_u": "self_attn.bias_u",
+                  "bias_v": "self_attn.bias_v", "norm": "norm_self_att"},
+    "conv": {"owner": "conv", "up": "conv.pointwise_conv1", "down": "conv.pointwise_conv2",
+             "conv": "conv.depthwise_conv", "inner": "conv.norm", "norm": "norm_conv"},
+    "ffn2": {"owner": "feed_forward2", "up": "feed_forward2.linear1", "down": "feed_forward2.linear2",
+             "norm": "norm_feed_forward2", "last": "norm_out"}}, rest={"projection": "subsampling"},
+    heads={"ctc": "ctc_head"})
+FAMILIES |= {"wav2vec2-conformer": CONFORMER, "wav2vec2-bert": W2V_BERT, "parakeet_ctc": PARAKEET,
+             "parakeet_encoder": PARAKEET}
 
 SELF = {"owner": "self_attn", "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
         "o": "self_attn.out_proj", "norm": "self_attn_layer_norm"}
@@ -41,6 +67,18 @@ FAMILIES["whisper"] = Family(
     {"attention": SELF, "cross": {role: name.replace("self_attn", "encoder_attn") for role, name in SELF.items()},
      "ffn": {"owner": "fc1", "up": "fc1", "down": "fc2", "norm": "final_layer_norm"}}, "encoder.conv{1}",
     {"positional": "encoder.embed_positions"}, {"seq2seq": "proj_out"}, conv="")
+BERT = Family(
+    "bert", {"encoder": "encoder.layer.{}"},
+    {"attention": {"owner": "attention", "q": "attention.self.query", "k": "attention.self.key",
+                   "v": "attention.self.value", "o": "attention.output.dense", "norm": "attention.output.LayerNorm"},
+     "ffn": {"owner": "intermediate", "up": "intermediate.dense", "down": "output.dense", "norm": "output.LayerNorm"}},
+    rest={"embedding": "embeddings", "pooler": "pooler"}, heads={"classification": "classifier"})
+FAMILIES |= {"bert": BERT, "roberta": BERT._replace(prefix="roberta"), "distilbert": Family(
+    "distilbert", {"encoder": "transformer.layer.{}"},
+    {"attention": {"owner": "attention", "q": "attention.q_lin", "k": "attention.k_lin", "v": "attention.v_lin",
+                   "o": "attention.out_lin", "norm": "sa_layer_norm"},
+     "ffn": {"owner": "ffn", "up": "ffn.lin1", "down": "ffn.lin2", "norm": "output_layer_norm"}},
+    rest={"embedding": "embeddings"}, heads={"classification": "classifier"})}
 
 
 def prefix(spec: Spec) -> str:

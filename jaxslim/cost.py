@@ -22,6 +22,7 @@ from jaxslim.slim import Slim
 from jaxslim.spec import Spec, SpecError, kind
 
 SAMPLING_RATE = 16000  # of every model of this release
+TEXT, TOKEN_RATE = ("bert", "roberta", "distilbert"), 4  # text has no seconds; read aloud it has about 4 tokens in one
 
 
 class Macs(NamedTuple):
@@ -39,7 +40,7 @@ def params(spec: Spec) -> int:
 def params_by_block(spec: Spec) -> dict[str, int]:
     """Block id -> parameters, front to back, with 'projection', 'positional' and 'other' (the encoder's own norm, the
     mask embedding). Norms inside a transformer layer count with the sub-layer that roles.py gives them to."""
-    owners = {roles(spec, b).get(role): b for b in blocks(spec) for role in ("owner", "norm", "bottleneck")}
+    owners = {name: b for b in blocks(spec) for name in roles(spec, b).values()}
     inner = prefix(spec)
     owners |= {inner + name: part for part, name in FAMILIES[spec.family].rest.items()}
     table = dict.fromkeys(_parts(spec), 0)
@@ -102,9 +103,12 @@ def traced_macs(spec: Spec, seconds: float = 10.0, batch: int = 1, *, attention:
       attention: "dense" is the plain program, "blocked" the one for long audio on CPU.
     """
     _lengths(spec, seconds)
-    wave = jax.ShapeDtypeStruct((batch, _samples(seconds)), jnp.float32)
-    forward = functools.partial(_forward, attention=attention)
-    return jaxpr_macs(jax.make_jaxpr(forward)(Slim(spec, dict(bind.shapes(spec))), wave))
+    if spec.family in TEXT:
+        name, x = "input_ids", jax.ShapeDtypeStruct((batch, _tokens(seconds)), jnp.int32)
+    else:
+        name, x = "input_values", jax.ShapeDtypeStruct((batch, _samples(seconds)), jnp.float32)
+    forward = functools.partial(_forward, name=name, attention=attention)
+    return jaxpr_macs(jax.make_jaxpr(forward)(Slim(spec, dict(bind.shapes(spec))), x))
 
 
 def jaxpr_macs(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> int:
@@ -136,9 +140,9 @@ def _inner(parameters: dict[str, Any]) -> Iterator[core.ClosedJaxpr | core.Jaxpr
                 yield v
 
 
-def _forward(model: Slim, wave: jax.Array, attention: str):
-    out = model(input_values=wave, attention=attention)
-    return out.last_hidden_state if out.logits is None else out.logits
+def _forward(model: Slim, x: jax.Array, name: str, attention: str):
+    out = model(**{name: x}, attention=attention)
+    return (out.last_hidden_state, out.pooler_output) if out.logits is None else out.logits
 
 
 def _parts(spec: Spec) -> list[str]:
@@ -150,12 +154,20 @@ def _parts(spec: Spec) -> list[str]:
     return [*front, *early, *ids[len(front) : len(ids) - len(head)], *late, *head]
 
 
+def _tokens(seconds: float) -> int:
+    return max(1, round(seconds * TOKEN_RATE))
+
+
 def _samples(seconds: float) -> int:
     return round(seconds * SAMPLING_RATE)
 
 
 def _lengths(spec: Spec, seconds: float) -> list[int]:
     """Frames after each front-end convolution. Raises ValueError when none is left."""
+    if spec.family in TEXT:
+        if (tokens := _tokens(seconds)) > spec["max_position_embeddings"]:
+            raise ValueError(f"{tokens} tokens are more than this model has positions for.")
+        return [tokens]
     lengths, n = [], _samples(seconds)
     for kernel, stride in zip(spec["conv_kernel"], spec["conv_stride"], strict=True):
         n = (n - kernel) // stride + 1
@@ -185,7 +197,7 @@ def _wav2vec2(spec: Spec, lengths: list[int]) -> Iterator[tuple[str, int]]:
 
 
 def _ffn(spec: Spec, block: str, T: int) -> int:
-    f, width = spec.ffn(block), spec["hidden_size"]
+    f, width = spec.ffn(block), spec.of(block, "hidden_size")
     return T * (_linear(width, f.units, f, "up") + _linear(f.units, width, f, "down"))
 
 
@@ -219,7 +231,7 @@ def _head(spec: Spec, T: int) -> int:
 
 
 def _attention(spec: Spec, block: str, T: int) -> int:
-    a, width = spec.attention(block), spec["hidden_size"]
+    a, width = spec.attention(block), spec.of(block, "hidden_size")
     count = len(a.heads)
     qk, v = count * a.qk_dim, count * a.v_dim
     projections = sum(_linear(*dims, a, role) for role, dims in
@@ -241,4 +253,19 @@ def _linear(din: int, dout: int, block, role: str) -> int:
     return (din * dout if rank is None else rank * (din + dout)) + (lora["rank"] * (din + dout) if lora else 0)
 
 
-FORMULAS = {"wav2vec2": _wav2vec2, "hubert": _wav2vec2, "wavlm": _wav2vec2}
+def _bert(spec: Spec, lengths: list[int]) -> Iterator[tuple[str, int]]:
+    """(block, MACs) of a BERT, RoBERTa or DistilBERT model for one text of `lengths[-1]` tokens."""
+    T, width = lengths[-1], spec.of("encoder", "hidden_size")
+    pooled = spec.get("add_pooling_layer", True) if spec.head == "none" else spec.family == "bert"
+    yield "embedding", 0
+    if "pooler" in _parts(spec):
+        yield "pooler", width * width if pooled else 0
+    for i in range(spec.of("encoder", "num_hidden_layers")):
+        yield f"encoder.{i}.attention", _attention(spec, f"encoder.{i}.attention", T)
+        yield f"encoder.{i}.ffn", _ffn(spec, f"encoder.{i}.ffn", T)
+    if spec.head != "none":
+        yield "head", width * (heads.labels(spec) + (0 if spec.family == "bert" else width))
+
+
+FORMULAS = {"wav2vec2": _wav2vec2, "hubert": _wav2vec2, "wavlm": _wav2vec2,
+            **dict.fromkeys(("bert", "roberta", "distilbert"), _bert)}

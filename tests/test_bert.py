@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxslim import hub
+from jaxslim import cost, hub
 from jaxslim.models import bind, roles
 from jaxslim.models.bert import mean_pool
+from jaxslim.spec import Spec, SpecError
+from jaxslim.train.mesh import RULES
 
 torch = pytest.importorskip("torch")
 
@@ -69,7 +72,7 @@ def test_parity(family, changes, head, masked, tmp_path):
     types = [False] if family == "distilbert" or model.config.type_vocab_size == 1 else [False, True]
     for typed in types:
         if typed:
-            inputs["token_type_ids"] = (np.arange(17) % model.config.type_vocab_size + np.zeros((3, 1))).astype(np.int32)
+            inputs["token_type_ids"] = np.tile(np.arange(17, dtype=np.int32) % model.config.type_vocab_size, (3, 1))
         if not masked:
             inputs.pop("attention_mask", None)
         want, have = reference(model, inputs), ours(**inputs, output_hidden_states=True)
@@ -152,7 +155,7 @@ def test_gradients_equal_pytorch(family, tmp_path):
     want = {name: p.grad.numpy().copy() for name, p in model.named_parameters()}
     pad = model.config.pad_token_id
     for name in want:  # torch leaves the padding's own embedding out (padding_idx)
-        if name.endswith("word_embeddings.weight") or family == "roberta" and name.endswith("position_embeddings.weight"):
+        if name.endswith(("word_embeddings.weight", *(["position_embeddings.weight"] if family == "roberta" else []))):
             want[name][pad] = np.asarray(grads[name])[pad]
     largest = max(np.abs(g).max() for g in want.values())
     assert set(grads) == set(want)
@@ -180,9 +183,31 @@ def test_names_taps_and_changed_blocks(family):
     tiny.close(plain, ours(**tokens(family, 0)).logits, 5e-2)
 
 
-def test_bad_input():
-    from jaxslim.spec import SpecError
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("head", ["none", "classification"])
+def test_cost_and_sharding(family, head):
+    """The MAC formula equals the traced program, changed blocks included; every matrix has a sharding rule."""
+    spec = Spec(config(family), family, head)
+    changed = spec.with_block("encoder.0.attention", heads=[1, 3], qk_dim=5, q_rank=2)
+    changed = changed.with_block("encoder.1.attention", mixer="hedgehog", options={"features": 6})
+    changed = changed.with_block("encoder.0.ffn", units=0)
+    changed = changed.with_block("encoder.1.ffn", units=7, down_rank=3, lora={"up": {"rank": 2, "alpha": 4}})
+    for s in (spec, changed, spec.replace(config={**spec.config, "add_pooling_layer": False})):
+        for seconds, batch in ((2.0, 1), (9.5, 3)):
+            counted = cost.macs(s, seconds, batch)
+            assert counted.total == sum(counted.blocks.values()) == cost.traced_macs(s, seconds, batch)
+        table = cost.params_by_block(s)
+        assert cost.params(s) == sum(table.values()) == sum(x.size for x in bind.shapes(s).values())
+        assert "other" not in table and all(table[b] > 0 for b in roles.blocks(s))
+        assert sum(row["macs"] for row in cost.per_layer_rows(s)) == cost.macs(s).total
+    with pytest.raises(ValueError, match="more than this model has positions for"):
+        cost.macs(spec, 60)
+    for name, leaf in bind.shapes(spec).items():
+        if leaf.ndim > 1 and leaf.shape[0] > 3 and "position" not in name:
+            assert any(re.search(pattern, name) for pattern, _ in RULES), name
 
+
+def test_bad_input():
     ours = tiny.slim(config("roberta", pad_token_id=1, max_position_embeddings=20), "classification")
     with pytest.raises(ValueError, match="positions for 18; truncate"):
         ours(input_ids=np.full((1, 19), 7))

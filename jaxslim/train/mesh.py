@@ -30,6 +30,10 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"pos_bias_[uv]$|self_attn\.bias_[uv]$", P("tensor")),                   # (H, K)
     (r"pointwise_conv[12]\.weight$|adapter\.layers\.\d+\..*conv\.weight$", P("fsdp")),
     (r"projector\.weight$|classifier\.weight$|tdnn\.\d+\.kernel\.weight$|ctc_head\.weight$", P(None, "fsdp")),
+    (r"(self\.(query|key|value)|[qkv]_lin|intermediate\.dense|lin1)(\.up)?\.weight$", P("tensor", "fsdp")),
+    (r"(self\.(query|key|value)|[qkv]_lin|intermediate\.dense|lin1)\.bias$", P("tensor")),
+    (r"(output\.dense|out_lin|lin2)(\.down)?\.weight$", P("fsdp", "tensor")),
+    (r"(word_embeddings|pooler\.dense|pre_classifier|classifier\.dense)\.weight$", P(None, "fsdp")),
     (r"feature_[qk]\.weight$", P("tensor")),                                  # (H, F, K)
     (r"projection\.weight$|lm_head\.weight$|proj_out\.weight$|embed_tokens\.weight$", P(None, "fsdp")),
     (r"conv_layers\.\d+\.conv\.weight$|encoder\.conv[12]\.weight$", P("fsdp")),
@@ -43,11 +47,14 @@ class MeshError(ValueError):
 
 def parse(text: str, devices: int) -> dict[str, int]:
     """'data=4,fsdp=2' -> sizes of all axes; -1 takes the devices that are left."""
-    sizes = dict.fromkeys(AXES, 1)
+    sizes, seen = dict.fromkeys(AXES, 1), set()
     for item in filter(None, text.replace(" ", "").split(",")):
         name, _, value = item.partition("=")
         if name not in AXES or not re.fullmatch(r"-1|[1-9]\d*", value):
             raise MeshError(f"Mesh {text!r}: {item!r} is none of data=N, fsdp=N, tensor=N (N positive, or -1 once).")
+        if name in seen:
+            raise MeshError(f"Mesh {text!r}: {name} stands twice.")
+        seen.add(name)
         sizes[name] = int(value)
     fixed = int(np.prod([s for s in sizes.values() if s > 0]))
     rest = [n for n, s in sizes.items() if s == -1]

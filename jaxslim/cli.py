@@ -1,6 +1,7 @@
 """The `jaxslim` command: thin; every sub-command calls one function and prints what it returns.
 
-Exit codes: 0 ok, 2 usage or bad input, 3 bad data beyond the limit, 5 numerical stop, 75 preempted but saved.
+Exit codes: 0 ok, 2 usage or bad input, 3 bad data beyond the limit, 4 gate missed, 5 numerical stop, 75 preempted but
+saved.
 """
 from __future__ import annotations
 
@@ -38,10 +39,11 @@ def main(argv: list[str] | None = None) -> int:
 def _exit_code(error: Exception) -> int | None:
     """Exit code of an error that its message explains; None for a defect, which keeps its traceback."""
     from jaxslim.data.rows import DataError
+    from jaxslim.export import ParityError
     from jaxslim.train.loop import NumericalStop, Preempted
 
-    for kind, code in ((DataError, 3), (NumericalStop, 5), (Preempted, 75), (ValueError, 2), (OSError, 2),
-                       (ImportError, 2)):
+    for kind, code in ((DataError, 3), (ParityError, 4), (NumericalStop, 5), (Preempted, 75), (ValueError, 2),
+                       (OSError, 2), (ImportError, 2)):
         if isinstance(error, kind):
             return code
     return None
@@ -100,6 +102,19 @@ def _import(args) -> int:
                          for name, diff, scale, ok in rows) + f"\n{text}; largest at {worst[0]}: {worst[1]:.2e}"
     _print(args, [dict(zip(("name", "max_difference", "scale", "ok"), r, strict=True)) for r in rows], text)
     return 0 if all(r[3] for r in rows) else 4
+
+
+def _export(args) -> None:
+    from jaxslim import hub
+    from jaxslim.export import export
+
+    record = export(hub.load(args.model), args.destination, format=args.format, source=args.model, dtype=args.dtype,
+                    force=args.force, check=not args.no_check)
+    opens = "AutoModel..., trust_remote_code=True" if record["trust_remote_code"] else record["class"]
+    text = f"{args.model} -> {args.destination} ({args.format}; opens with {opens})\n" + (
+        f"PyTorch against JAX: max difference {record['max_difference']:.1e} of {record['max_abs']:.3g}, same argmax "
+        f"in {record['argmax_agreement']:.2%} of frames" if record["checked"] else f"not checked: {record['reason']}")
+    _print(args, record, text)
 
 
 def _train(args) -> None:
@@ -174,6 +189,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("source", metavar="SRC")
     p.add_argument("destination", metavar="DST")
     p.add_argument("--check", action="store_true", help="compare every layer with PyTorch (needs torch)")
+    p = command("export", _export, "write a model for other programs, opened again and compared")
+    p.add_argument("model")
+    p.add_argument("destination", metavar="DST")
+    p.add_argument("--format", choices=("hf", "hf-dense"), default="hf",
+                   help="hf: for transformers (default); hf-dense: filled up to the stock shape, for the stock class")
+    p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the stored weights")
+    p.add_argument("--force", action="store_true", help="keep an export that differs from the model")
+    p.add_argument("--no-check", action="store_true", help="write without opening it with PyTorch")
     p = command("train", _train, "fine-tune a model with CTC", json_output=False)
     p.add_argument("config", metavar="CONFIG")
     p.add_argument("overrides", nargs="*", metavar="key=value")

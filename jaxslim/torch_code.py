@@ -54,7 +54,7 @@ def files(spec: Spec, architecture: str) -> dict[str, str]:
     """File name -> text of the code that opens a model with this Spec; none when it is `unsupported`."""
     if unsupported(spec):
         return {}
-    family, prefix = FAMILIES[spec.family], _split(architecture)[0]
+    family, prefix = FAMILIES[spec.family], split(architecture)[0]
     folder = importlib.resources.files("jaxslim") / "assets" / "hf_template"
     configuration, modeling = ((folder / name).read_text(encoding="utf-8") for name in FILES)
     wanted = {"frontend" for b in spec.blocks if kind(b) == "frontend"}
@@ -82,7 +82,7 @@ def config(spec: Spec, architecture: str, values: Mapping[str, Any]) -> dict[str
     values |= {"jaxslim": spec.to_json(), STOCK: stock, "model_type": f"jaxslim-{spec.family}", act: GUARD}
     if unsupported(spec):  # no code: then nothing but jaxslim opens it
         return values
-    prefix, ending = _split(architecture)
+    prefix, ending = split(architecture)
     values["auto_map"] = {"AutoConfig": "configuration_jaxslim.JaxslimConfig",
                           "AutoModel": f"modeling_jaxslim.{prefix}Model",
                           **{auto: f"modeling_jaxslim.{architecture}" for auto in AUTO.get(ending, ())}}
@@ -103,7 +103,7 @@ def _guarded(values: Mapping[str, Any]) -> str:
     return next((key for key in GUARDED if key in values), GUARDED[0])
 
 
-def _split(architecture: str) -> tuple[str, str]:
+def split(architecture: str) -> tuple[str, str]:
     """'Wav2Vec2ForCTC' -> ('Wav2Vec2', 'ForCTC')."""
     match = re.fullmatch(r"(.+?)(Model|For[A-Z]\w*)", architecture)
     return match[1], match[2]

@@ -1,0 +1,170 @@
+"""Models for other programs: `hf` (opened by transformers, without jaxslim), `hf-dense` (in the stock shape).
+
+Every export is opened again with PyTorch, where it is installed, and compared with this library on a fixed input;
+`parity.json` beside the model records the result. One that differs by more than TOLERANCE is not kept.
+"""
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import platform
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxslim import __version__, hub, torch_code
+from jaxslim.dense import ExportError, expand, fold
+from jaxslim.slim import Slim
+from jaxslim.spec import Spec, nearest
+
+FORMATS = ("hf", "hf-dense")
+TOLERANCE = 1e-4   # of max(1, max abs of the reference), DESIGN 6
+PARITY = "parity.json"
+
+
+class ParityError(ExportError):
+    """The exported model does not compute what the model computes."""
+
+
+def export(model: Slim, folder: str | os.PathLike, *, format: str = "hf", source: str | os.PathLike | None = None,
+           dtype: Any = None, force: bool = False, check: bool = True) -> dict[str, Any]:
+    """Writes `model` in another form, opens it again and compares.
+
+    Args:
+      model: any model. `hf` writes a stock model where the changes allow it (all feed-forwards equally wide, fewer
+        front-end channels), else one that opens with `trust_remote_code=True`; `hf-dense` fills pruned and factored
+        blocks up to the stock shape.
+      folder: as in `hub.save`.
+      format: "hf" or "hf-dense".
+      source: folder or name of a model whose tokenizer, processor and generation files are copied along.
+      dtype: of the stored floats; None = as they are.
+      force: keep an export that differs by more than TOLERANCE.
+      check: open and compare; False writes only.
+    Returns:
+      What `parity.json` says.
+    Raises:
+      ExportError: the model cannot take this form.
+      ParityError: the difference is too large; `folder` is as it was before.
+    """
+    if format not in FORMATS:
+        raise ExportError(f"Unknown format {format!r}; known are {', '.join(FORMATS)}.{nearest(format, FORMATS)}")
+    if format == "hf-dense":
+        out = expand(model)
+    else:
+        stock = fold(model.spec)
+        if stock is None and (reason := torch_code.unsupported(model.spec)):
+            raise ExportError(f"hf: {reason}")
+        out = model if stock is None else model.replace(spec=stock)
+    record = {"format": format, "fingerprint": model.fingerprint, "family": model.spec.family,
+              "class": hub._architecture(model.spec.family, model.spec.head),
+              "trust_remote_code": bool(out.spec.blocks), "tolerance": TOLERANCE,
+              "versions": {"jaxslim": __version__, "jax": jax.__version__, "python": platform.python_version()}}
+
+    def verify(path: pathlib.Path) -> None:
+        record.update(_compare(model, out, path) if check else {"checked": False, "reason": "not asked for"})
+        worst = max((record[k] for k in ("relative_difference", "relative_change") if k in record), default=0.0)
+        if not worst <= TOLERANCE and not force:
+            raise ParityError(f"{folder}: PyTorch's outputs differ by {worst:.1e} of max(1, max abs), more than "
+                              f"{TOLERANCE:g}; nothing was written. With --force it is kept.")
+        (path / PARITY).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+    hub.save(out, folder, source=source, dtype=dtype, verify=verify)
+    return record
+
+
+def example(spec: Spec) -> dict[str, np.ndarray] | None:
+    """Fixed inputs of a model: two rows, the second one padded; None for a family that is not known here."""
+    rng = np.random.default_rng(0)
+
+    def padded(length: int, *shape: int) -> dict[str, np.ndarray]:
+        mask = (np.arange(length) < np.array([[length], [length * 3 // 5]])).astype(np.int32)
+        values = rng.standard_normal((2, length, *shape)).astype(np.float32)
+        values = np.where(mask.reshape(2, length, *[1] * len(shape)) == 1, values, np.float32(0))
+        return {"values": values, "attention_mask": mask}
+
+    if spec.get("conv_dim"):
+        x = padded(16000)
+        return {"input_values": x["values"], "attention_mask": x["attention_mask"]}
+    if spec.family == "whisper":
+        ids = rng.integers(0, spec["vocab_size"], (2, 8)).astype(np.int32)
+        shape = (2, spec["num_mel_bins"], 2 * spec["max_source_positions"])
+        return {"input_features": rng.standard_normal(shape).astype(np.float32), "decoder_input_ids": ids}
+    if spec.get("feature_projection_input_dim") or spec.get("num_mel_bins"):
+        x = padded(200, spec.get("feature_projection_input_dim") or spec["num_mel_bins"])
+        return {"input_features": x["values"], "attention_mask": x["attention_mask"]}
+    if spec.get("max_position_embeddings") and spec.get("vocab_size"):
+        length = min(24, spec["max_position_embeddings"] - 4)
+        mask = padded(length)["attention_mask"]
+        ids = rng.integers(min(5, spec["vocab_size"] - 1), spec["vocab_size"], (2, length))
+        return {"input_ids": np.where(mask == 1, ids, spec.get("pad_token_id") or 0).astype(np.int32),
+                "attention_mask": mask}
+    return None
+
+
+def _compare(model: Slim, out: Slim, path: pathlib.Path) -> dict[str, Any]:
+    """Differences between `model`, `out` and what PyTorch makes of the folder `path`."""
+    inputs = example(out.spec)
+    if inputs is None:
+        return {"checked": False, "reason": f"no fixed input for {out.spec.family}"}
+    result: dict[str, Any] = {"input": {k: list(v.shape) for k, v in inputs.items()}}
+    if out.spec != model.spec:  # another shape: in this library, before anything is rounded to a storage type
+        change = _difference(_ours(model, inputs), _ours(out, inputs))
+        result |= {"relative_change": change["relative_difference"]}
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        return {**result, "checked": False, "reason": "PyTorch is not installed"}
+    result["versions"] = {"jaxslim": __version__, "jax": jax.__version__, "python": platform.python_version(),
+                          "torch": torch.__version__, "transformers": transformers.__version__}
+    theirs = _theirs(path, out.spec, inputs)
+    return {**result, "checked": True, **_difference(_ours(hub.load(path), inputs), theirs)}
+
+
+def _ours(model: Slim, inputs) -> tuple[np.ndarray, np.ndarray]:
+    """Logits (or last hidden state) in fp32, and which of their positions are valid."""
+    out = model(**inputs, dtype="float32")
+    y = np.asarray(out.last_hidden_state if out.logits is None else out.logits, np.float32)
+    valid = np.ones(y.shape[:-1], bool)
+    if y.ndim == 3 and out.lengths is not None:
+        valid = np.arange(y.shape[1]) < np.asarray(out.lengths)[:, None]
+    elif "attention_mask" in inputs and inputs["attention_mask"].shape == valid.shape:
+        valid = inputs["attention_mask"] == 1
+    return y, valid
+
+
+def _theirs(path: pathlib.Path, spec: Spec, inputs) -> np.ndarray:
+    import torch
+    import transformers
+    from transformers.utils import logging
+
+    architecture = hub._architecture(spec.family, spec.head)
+    name = torch_code.AUTO[torch_code.split(architecture)[1]][0] if spec.blocks else architecture
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        torch_model = getattr(transformers, name).from_pretrained(
+            path, dtype=torch.float32, **({"trust_remote_code": True} if spec.blocks else {})).eval()
+        with torch.no_grad():
+            out = torch_model(**{k: torch.from_numpy(v.astype(np.int64) if v.dtype == np.int32 else v)
+                                 for k, v in inputs.items()})
+    except Exception as error:
+        raise ParityError(f"transformers {transformers.__version__} cannot open or run what was written "
+                          f"({type(error).__name__}: {str(error).strip()[:300]}).") from error
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+    return (out.logits if hasattr(out, "logits") else out.last_hidden_state).numpy()
+
+
+def _difference(ours: tuple[np.ndarray, np.ndarray], theirs) -> dict[str, float]:
+    (have, valid), want = ours, theirs[0] if isinstance(theirs, tuple) else theirs
+    have, want = have[valid].astype(np.float64), want[valid].astype(np.float64)
+    scale = float(np.abs(want).max())
+    difference = float(np.abs(have - want).max())
+    return {"max_difference": difference, "max_abs": scale, "relative_difference": difference / max(1.0, scale),
+            "argmax_agreement": float((have.argmax(-1) == want.argmax(-1)).mean())}

@@ -241,5 +241,17 @@ def to_dict(value: Any) -> Any:
     return [to_dict(v) for v in value] if isinstance(value, list | tuple) else value
 
 
+def differences(then: Any, now: Any, key: str = "") -> list[str]:
+    """'a.b: 1 then, 2 now' for every leaf in which two trees of plain data differ."""
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        keys = dict.fromkeys([*then, *now])
+        return [d for k in keys for d in differences(then.get(k), now.get(k), f"{key}.{k}" if key else str(k))]
+    if isinstance(then, Mapping | list) and isinstance(now, Mapping | list):
+        return [] if then == now else [f"{key}: changed"]
+    shown = [f"{key}: {'set' if isinstance(a, Mapping) else repr(a)} then, {'set' if isinstance(b, Mapping) else repr(b)} now"
+             for a, b in [(then, now)] if a != b]
+    return shown
+
+
 def dump(value: Any) -> str:
     return yaml.safe_dump(to_dict(value), sort_keys=False, allow_unicode=True)

@@ -57,7 +57,7 @@ def loss_charts(rows: Sequence[Mapping[str, Any]]) -> list[dict]:
                 curves.setdefault(key, []).append((row["step"], value))
     families: dict[str, list[str]] = {}
     for key in curves:
-        if key.startswith("loss/"):
+        if key.startswith("loss/") and key != "loss/unfit":  # a share of rows, no loss
             families.setdefault(re.sub(r"\d+", "#", key.removeprefix("loss/")), []).append(key)
     single = ["loss", *(keys[0] for keys in families.values() if len(keys) == 1)]
     found = [

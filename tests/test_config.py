@@ -133,7 +133,8 @@ def test_field_types(tree, want):
 
 @pytest.mark.parametrize("tree, message", [
     ({"kind": "c"}, r"'c' is none of \['a', 'b'\]"), ({"layers": "some"}, "layers"), (3, "expected keys"),
-    ({"layers": [1.5]}, r"layers\[0\]: expected int"), ({"flag": 1}, "expected bool"), ({"rate": "x"}, "expected float")])
+    ({"layers": [1.5]}, r"layers\[0\]: expected int"), ({"flag": 1}, "expected bool"),
+    ({"rate": "x"}, "expected float")])
 def test_wrong_field_types(tree, message):
     with pytest.raises(ConfigError, match=message):
         config.build(Options, tree, "here")

@@ -4,6 +4,8 @@ from __future__ import annotations
 import dataclasses
 import re
 
+import jax.numpy as jnp
+
 from jaxslim.slim import Method, Slim, Term, inputs
 from jaxslim.train import losses
 
@@ -16,7 +18,7 @@ class Finetune(Method):
 
     def loss(self, student: Slim, targets, batch, key, step) -> dict[str, Term]:
         out = student(key=key, **inputs(batch))
-        return {"ctc": ctc(student, out, batch)}
+        return ctc(student, out, batch)
 
     def control(self) -> Method:
         return self
@@ -25,10 +27,13 @@ class Finetune(Method):
         return "frozen" if stored_statistic(name) or any(re.search(p, name) for p in self.freeze) else "main"
 
 
-def ctc(student: Slim, out, batch) -> Term:
-    """CTC term of a forward pass."""
-    lengths = out.lengths if out.lengths is not None else out.logits.shape[1]
-    return losses.ctc(out.logits, lengths, batch["labels"], student.spec["pad_token_id"])[0]
+def ctc(student: Slim, out, batch) -> dict[str, Term]:
+    """CTC term of a forward pass; and `unfit`, the share of rows with too few frames (weight 0)."""
+    rows, frames = out.logits.shape[:2]
+    lengths = out.lengths if out.lengths is not None else jnp.full(rows, frames)
+    term, unfit = losses.ctc(out.logits, lengths, batch["labels"], student.spec["pad_token_id"])
+    labelled = (batch["labels"] >= 0).any(-1).sum()
+    return {"ctc": term, "unfit": Term(unfit.astype(jnp.float32), labelled.astype(jnp.float32), 0.0)}
 
 
 def stored_statistic(name: str) -> bool:

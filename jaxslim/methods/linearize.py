@@ -100,7 +100,7 @@ class Linearize(Method):
     def cald(self, student: Slim, targets, batch, key) -> dict[str, Term]:
         names = roles.layers(student.spec)
         out = student(key=key, taps=names if targets else (), **inputs(batch))
-        terms = {"ctc": ctc(student, out, batch)}
+        terms = ctc(student, out, batch)
         if targets:
             mask = layers.frame_mask(out.lengths, out.logits.shape[1])
             for name in names:

@@ -40,6 +40,7 @@ class Checkpoints:
         `fits(meta)` raises CheckpointError for a checkpoint of another run. A corrupt one is named and skipped.
         """
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _tree(state))
+        damaged = []
         for step in reversed(self.steps()):
             try:
                 meta = self._manager.metadata(step).custom_metadata
@@ -50,7 +51,10 @@ class Checkpoints:
             except Exception as error:  # orbax raises many kinds for damaged files
                 log.warning("Checkpoint %s/%d cannot be read (%s); trying the one before.", self.folder, step,
                             str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
+                damaged.append(step)
                 continue
+            for old in damaged:  # they would stand where this run is going to save
+                self._manager.delete(old)
             return jax.tree.unflatten(jax.tree.structure(state), loaded["leaves"]), meta
         return None
 

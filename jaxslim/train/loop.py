@@ -55,7 +55,7 @@ def run(method: Method, student: Slim, teacher: Slim | None, cfg: config.Train, 
     step = S.make(method, student.spec, tx, cfg, state, mesh)
     checkpoints = Checkpoints(folder / "checkpoints", cfg.save_total_limit)
     meta = {"config": {k: v for k, v in config.to_dict(cfg).items() if k not in FREE}, "spec": student.spec.json,
-            "method": repr(method), "best": None}
+            "method": {"name": type(method).__name__, **config.to_dict(method)}, "best": None}
     found = checkpoints.restore(state, lambda old: _same(meta, old, folder))
     if found:
         state, old = found
@@ -65,14 +65,14 @@ def run(method: Method, student: Slim, teacher: Slim | None, cfg: config.Train, 
     at, started, audio, best = int(state.step), time.monotonic(), 0.0, folder / "best.npz"
     logger = Logger(folder, total_steps=cfg.max_steps, step=at, name=name)
     rates = {g: S.schedule(c, cfg.max_steps) for g, c in cfg.groups.items()}
-    placed: dict[int, Slim] = {}
+    placed: dict[int, tuple[Slim, Slim]] = {}
 
     def guide(step: int) -> Slim | None:  # the teacher of a step, put on the mesh once
         now = method.teacher_at(teacher, step) if teacher is not None else None
         if now is not None and id(now) not in placed:
             placed.clear()
-            placed[id(now)] = Slim(now.spec, M.place(now.params, mesh), (("dtype", cfg.dtype),))
-        return None if now is None else placed[id(now)]
+            placed[id(now)] = now, Slim(now.spec, M.place(now.params, mesh), (("dtype", cfg.dtype),))
+        return None if now is None else placed[id(now)][1]
 
     def current() -> Slim:
         return Slim(student.spec, {**frozen, **state.params})
@@ -108,7 +108,7 @@ def run(method: Method, student: Slim, teacher: Slim | None, cfg: config.Train, 
                     _save_best(best, state.params)
             if stop or cfg.save_steps and at % cfg.save_steps == 0 or at == cfg.max_steps:
                 save()
-            if stop and at < cfg.max_steps:
+            if stop:  # in the last step too: what comes after it would not know
                 checkpoints.close()
                 raise Preempted(f"{name}: stopped at step {at} of {cfg.max_steps} and saved; run it again to go on.")
     checkpoints.close()
@@ -146,15 +146,14 @@ def _load_best(path: epath.Path) -> dict[str, np.ndarray]:
 
 
 def _same(mine: dict, old: dict, folder) -> None:
-    for part in ("spec", "method"):
-        if mine[part] != old[part]:
-            raise CheckpointError(f"{folder} holds checkpoints of another {part}; choose another folder or remove it.")
-    a, b = mine["config"], json.loads(json.dumps(old["config"]))
-    a = json.loads(json.dumps(a))
-    changed = [f"{k}: {b.get(k)} then, {a.get(k)} now" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
-    if changed:
-        raise CheckpointError(f"{folder} was trained with another config ({'; '.join(changed)}). Use the same, or "
-                              "another folder.")
+    for part, what in (("spec", "another model"), ("method", "another method"), ("config", "another config")):
+        then, now = (json.loads(json.dumps(x[part])) for x in (old, mine))
+        if part == "spec":
+            then, now = json.loads(then), json.loads(now)
+        if changed := config.differences(then, now):
+            more = f"; and {len(changed) - 4} more" if len(changed) > 4 else ""
+            raise CheckpointError(f"{folder} holds checkpoints of {what} ({'; '.join(changed[:4])}{more}). Use the "
+                                  "same, or another folder.")
 
 
 def _ids(batches, rows) -> list[str]:

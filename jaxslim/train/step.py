@@ -118,7 +118,7 @@ def make(method: Method, spec: Spec, tx: optax.GradientTransformation, cfg: Trai
             first = grad(state.params, *at(0), counts)
             ((total, values), grads), _ = jax.lax.scan(add, first, jnp.arange(1, accumulate))
 
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         ok = jnp.isfinite(total) & jnp.isfinite(norm)
         updates, new = tx.update(grads, state.optimizer, state.params)
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)  # noqa: E731

@@ -1,4 +1,4 @@
-"""Hugging Face folder or hub id <-> Slim: config.json and safetensors in, the same out, strict about every name.
+"""Hugging Face folder or hub id <-> Slim: config.json and weights in, the same out, strict about every name.
 
 A model is named by `bundled:NAME`, a local folder (or `gs://...`), or a hub id `org/name[@revision]`. What is read is
 checked against `models.bind.shapes`: missing, unexpected or misshapen weights are an error that lists them, except for
@@ -7,7 +7,6 @@ changed blocks through the code that `torch_code` writes beside it.
 """
 from __future__ import annotations
 
-import errno
 import json
 import os
 import pathlib
@@ -19,19 +18,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  (gives numpy, and with it safetensors, bfloat16)
 import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
 from jaxslim import __version__, torch_code
+from jaxslim import weights as stored
 from jaxslim.models import bind
 from jaxslim.models.roles import prefix
 from jaxslim.slim import Slim
 from jaxslim.spec import Spec, SpecError, nearest
+from jaxslim.train import mesh as meshes
+from jaxslim.weights import INDEX, WEIGHTS, HubError  # noqa: F401
+from jaxslim.weights import read_json as _json
+from jaxslim.weights import reason as _reason
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-SHARD = r"model-\d+-of-\d+\.safetensors"
+CONFIG = "config.json"
 CARRIED = ("vocab.json", "vocab.txt", "merges.txt", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
            "special_tokens_map.json", "added_tokens.json", "normalizer.json", "preprocessor_config.json",
            "processor_config.json", "generation_config.json", "LICENSE", "NOTICE")  # go from a source folder along
@@ -41,9 +43,11 @@ OURS = (*CARRIED, CONFIG, WEIGHTS, "stage.json", "parity.json", *torch_code.FILE
 SPEECH_HEADS = {"Model": "none", "ForCTC": "ctc", "ForSequenceClassification": "classification",
                 "ForAudioFrameClassification": "frames", "ForXVector": "xvector", "ForPreTraining": "none"}
 ARCHITECTURES = {name + end: (family, head) for family, name in
-                 {"wav2vec2": "Wav2Vec2", "hubert": "Hubert", "wavlm": "WavLM"}.items()
+                 {"wav2vec2": "Wav2Vec2", "hubert": "Hubert", "wavlm": "WavLM", "wav2vec2-conformer": "Wav2Vec2Conformer",
+                  "wav2vec2-bert": "Wav2Vec2Bert"}.items()
                  for end, head in SPEECH_HEADS.items()
                  if family != "hubert" or end in ("Model", "ForCTC", "ForSequenceClassification")}
+ARCHITECTURES |= {"ParakeetForCTC": ("parakeet_ctc", "ctc"), "ParakeetEncoder": ("parakeet_encoder", "none")}
 ARCHITECTURES |= {"WhisperForConditionalGeneration": ("whisper", "seq2seq"), "WhisperModel": ("whisper", "none")}
 TEXT = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert"}
 ARCHITECTURES |= {name + end: (family, head) for family, name in TEXT.items() for end, head in
@@ -54,6 +58,7 @@ TIED = {"seq2seq": ("proj_out.weight", "model.decoder.embed_tokens.weight")}
 # Weights that a checkpoint may have and a bare encoder does not use: the heads of pre-training.
 QUANTIZER = r"(quantizer|project_hid|project_q)\."
 LEFTOVERS = {"wav2vec2": QUANTIZER, "hubert": r"(final_proj|label_embs_concat)\b", "wavlm": QUANTIZER,
+             "wav2vec2-conformer": QUANTIZER, "wav2vec2-bert": r"$^", "parakeet_encoder": r"$^",
              "whisper": r"proj_out\.", "bert": r"cls\.", "roberta": r"lm_head\.",
              "distilbert": r"vocab_(transform|layer_norm|projector)\."}
 # Weights that checkpoints of fine-tuned models lack (transformers draws them at random): only SpecAugment reads them.
@@ -62,26 +67,25 @@ OPTIONAL = r"(.*\.)?(masked_spec_embed|embeddings\.position_ids)|roberta\.pooler
 ALIASES = ((r"\.weight_g$", ".parametrizations.weight.original0"),  # weight norm before torch 2
            (r"\.weight_v$", ".parametrizations.weight.original1"),
            (r"(layer_norm|LayerNorm)\.gamma$", r"\1.weight"), (r"(layer_norm|LayerNorm)\.beta$", r"\1.bias"))
+OLD_NAMES = {"whisper": ((r"^lm_head\.", "proj_out."),)}  # what its Flax class called the output matrix
 
 
-class HubError(ValueError):
-    """A model that cannot be found, read or written; says what, where, and what to do."""
-
-
-def load(name: str | os.PathLike, *, revision: str | None = None, dtype: Any = None) -> Slim:
+def load(name: str | os.PathLike, *, revision: str | None = None, dtype: Any = None, mesh: Any = None) -> Slim:
     """Reads a model.
 
     Args:
       name: `bundled:NAME`, a local folder, or a hub id (`org/name` or `org/name@revision`).
       revision: branch, tag or commit of a hub id.
       dtype: of the parameters; None means float32, whatever the file holds.
+      mesh: devices (train.mesh.make) that the parameters go to by its rules as they are read: the host never holds
+        more than one file of a sharded checkpoint. None is the default device.
     Raises:
       HubError: nothing there, not a model this release reads, or weights that do not fit the config.
     """
     path = folder(name, revision=revision)
     config = torch_code.restore(_config(path, str(name)))
     family, head = _family(config, path)
-    weights = _rename(_weights(path, str(name)))
+    weights = _rename(stored.read(path, str(name)), family)
     if head is None:
         head = "ctc" if family not in TEXT and any(k.startswith("lm_head.") for k in weights) else "none"
     if family in TEXT and head == "none" and not any("pooler." in k for k in weights):
@@ -104,8 +108,11 @@ def load(name: str | os.PathLike, *, revision: str | None = None, dtype: Any = N
     if spec.head == "ctc":
         _check_vocabulary(path, spec)
     dtype = jnp.dtype(dtype or jnp.float32)
-    params = {k: _cast(weights[k], want[k].dtype, dtype) for k in want}
-    return Slim(spec, jax.tree.map(jnp.asarray, params))
+    params = {}
+    for k in list(weights):  # in the order of the files, each closed after its last array
+        array = _cast(np.asarray(weights.pop(k)), want[k].dtype, dtype)
+        params[k] = jnp.asarray(array) if mesh is None else jax.block_until_ready(meshes.place({k: array}, mesh)[k])
+    return Slim(spec, {k: params[k] for k in want})
 
 
 def folder(name: str | os.PathLike, *, revision: str | None = None) -> pathlib.Path:
@@ -262,9 +269,13 @@ def _bundled(name: str) -> pathlib.Path:
 def _download(repo: str, revision: str | None) -> pathlib.Path:
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.txt", "*.model", WEIGHTS, "model-*-of-*.safetensors", "LICENSE", "NOTICE"]
+    wanted = ["*.json", "*.txt", "*.model", "LICENSE", "NOTICE"]
     try:
-        return pathlib.Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+        for kind in stored.KINDS:  # the first that the repository has
+            path = pathlib.Path(snapshot_download(repo, revision=revision, allow_patterns=[*wanted, *kind.patterns]))
+            if (path / kind.file).is_file() or (path / kind.index).is_file():
+                break
+        return path
     except Exception as error:  # network, gated, not found: each has a class of its own, some not public
         raise HubError(_hub_reason(error, repo, revision)) from error
 
@@ -301,8 +312,10 @@ def _fetch(url: str) -> pathlib.Path:
         raise HubError(f"{url} does not exist or is not a folder.")
     _fetched.append(tempfile.TemporaryDirectory())
     local = pathlib.Path(_fetched[-1].name)
-    for file in remote.iterdir():
-        if file.name in OURS or file.name == INDEX or re.fullmatch(SHARD, file.name):
+    files = list(remote.iterdir())
+    wanted = {*OURS, *stored.best(file.name for file in files)}
+    for file in files:
+        if file.name in wanted:
             file.copy(local / file.name)
     return local
 
@@ -326,26 +339,6 @@ def _upload(model: Slim, url: str, carried, dtype, verify) -> None:
 # Reading
 
 
-def _json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise HubError(f"Cannot read {path}: {_reason(error)}.") from error
-    _refuse_pointer(data[:64], path)
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise HubError(f"{path} is not valid JSON ({error}); copy or download it again.") from error
-    if not isinstance(value, dict):
-        raise HubError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
-    return value
-
-
-def _refuse_pointer(start: bytes, path: pathlib.Path) -> None:
-    if start.startswith(b"version https://git-lfs"):
-        raise HubError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository.")
-
-
 def _config(path: pathlib.Path, name: str) -> dict[str, Any]:
     if not (path / CONFIG).is_file():
         weights = [f.name for f in path.glob("*.safetensors")]
@@ -361,7 +354,7 @@ def _family(config: Mapping[str, Any], path: pathlib.Path) -> tuple[str, str | N
     if isinstance(ours, dict):
         return ours.get("family", ""), ours.get("head", "none")
     named, kind = config.get("architectures") or [], config.get("model_type")
-    for architecture in named:
+    for architecture in (a.removeprefix("Flax") for a in named):
         if architecture in ARCHITECTURES:
             return ARCHITECTURES[architecture]
     if not named and kind in bind.FAMILIES:
@@ -374,45 +367,8 @@ def _architecture(family: str, head: str) -> str:
     return next(a for a, pair in ARCHITECTURES.items() if pair == (family, head))
 
 
-def _weights(path: pathlib.Path, name: str) -> dict[str, np.ndarray]:
-    """Every array of a folder, single file or shards, with the names and dtypes of the file."""
-    if (path / WEIGHTS).is_file():
-        return _tensors(path / WEIGHTS)
-    if not (path / INDEX).is_file():
-        if stray := sorted(f.name for f in path.iterdir() if re.fullmatch(SHARD, f.name)):
-            raise HubError(f"{name} has {stray[0]} but no {INDEX}; download the folder again, completely.")
-        found = [f.name for f in path.glob("pytorch_model*.bin")] or ["pytorch_model.bin, perhaps"]
-        raise HubError(f"{name} has no {WEIGHTS} ({found[0]}: pickled weights are not read in this release). "
-                       "Convert it: open it with transformers' from_pretrained and save_pretrained it to a new folder.")
-    where = _json(path / INDEX).get("weight_map")
-    if not isinstance(where, dict) or not where:
-        raise HubError(f"{path / INDEX} has no weight_map; download it again.")
-    shards = sorted(set(where.values()))
-    if absent := [s for s in shards if not (path / s).is_file()]:
-        raise HubError(f"{name} is incomplete: {len(absent)} of {len(shards)} weight files are missing "
-                       f"({', '.join(absent[:3])}); finish the download.")
-    weights = {k: v for shard in shards for k, v in _tensors(path / shard).items()}
-    if absent := sorted(set(where) - set(weights)):
-        raise HubError(f"{name}: {INDEX} lists {absent[0]} in {where[absent[0]]}, which does not hold it; "
-                       "download both again.")
-    return weights
-
-
-def _tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    try:
-        with path.open("rb") as file:
-            _refuse_pointer(file.read(64), path)
-        with safetensors.safe_open(path, framework="np") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}
-    except safetensors.SafetensorError as error:
-        raise HubError(f"{path} ({path.stat().st_size} bytes) is truncated or not a safetensors file ({error}); "
-                       "copy or download it again.") from error
-    except OSError as error:
-        raise HubError(f"Cannot read {path}: {_reason(error)}.") from error
-
-
-def _rename(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    for old, new in ALIASES:
+def _rename(weights: dict[str, Any], family: str) -> dict[str, Any]:
+    for old, new in (*ALIASES, *OLD_NAMES.get(family, ())):
         weights = {re.sub(old, new, k): v for k, v in weights.items()}
     return weights
 
@@ -504,12 +460,3 @@ def _stored(array: np.ndarray, store: Any) -> np.ndarray:
     if jnp.issubdtype(array.dtype, jnp.floating):
         return array if store is None else array.astype(store)
     return array.astype(np.int64) if array.ndim == 0 else array  # torch keeps BatchNorm's counter as int64
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "no permission"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "no space left on the device"
-    text = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return text.rstrip(".")

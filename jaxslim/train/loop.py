@@ -137,7 +137,7 @@ def _save_best(path: epath.Path, params) -> None:
         temporary = path.parent / "best.tmp"
         with temporary.open("wb") as f:
             np.savez(f, **arrays)
-        temporary.rename(path)
+        temporary.replace(path)
 
 
 def _load_best(path: epath.Path) -> dict[str, np.ndarray]:

@@ -3,6 +3,8 @@
 from jaxslim.data.audio import AudioError
 from jaxslim.data.batch import Batches, suggest_buckets
 from jaxslim.data.rows import DataError, Rows, load_rows
-from jaxslim.data.tasks import CTCTask
+from jaxslim.data.tasks import CTCTask, TextTask
+from jaxslim.data.text import TextBatches
 
-__all__ = ["AudioError", "Batches", "CTCTask", "DataError", "Rows", "load_rows", "suggest_buckets"]
+__all__ = ["AudioError", "Batches", "CTCTask", "DataError", "Rows", "TextBatches", "TextTask", "load_rows",
+           "suggest_buckets"]

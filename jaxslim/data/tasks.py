@@ -11,11 +11,14 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
 from jaxslim.data import audio
 from jaxslim.data.rows import DataError
+
+TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
 
 
 class VocabularyError(DataError):
@@ -147,6 +150,66 @@ class CTCTask:
             if form in self.vocabulary:
                 return self.vocabulary[form]
         return None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextTask:
+    """Texts with one label each, for a text encoder's classification head; the tokenizer is transformers' own."""
+
+    tokenizer: Any
+    labels: Mapping[str, int]  # name -> class
+    max_length: int = 512  # tokens; longer texts are cut, as transformers does with truncation=True
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike, max_length: int | None = None) -> TextTask:
+        """Reads a HF folder's tokenizer and the classes (label2id) of its config.json.
+
+        Raises:
+          DataError: there is no tokenizer, or none with a padding token.
+        """
+        from transformers import AutoTokenizer  # lazy: a second, and only text needs it
+
+        config = _json(folder, "config.json") or {}
+        if not any(os.path.exists(os.path.join(folder, name)) for name in TOKENIZERS):  # else it is made empty
+            raise DataError(f"{folder} has no tokenizer; a text model needs one of {', '.join(TOKENIZERS)} there.")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(os.fspath(folder))
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise DataError(f"{folder} has no tokenizer that transformers can open: {reason}.") from error
+        if tokenizer.pad_token_id is None:
+            raise DataError(f"{folder}: its tokenizer has no padding token.")
+        names = config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(config.get("num_labels", 2))}
+        longest = config.get("max_position_embeddings", 512)
+        if config.get("model_type") == "roberta":  # positions start behind that of padding
+            longest -= config.get("pad_token_id", 1) + 1
+        longest = min(longest, tokenizer.model_max_length)
+        return cls(tokenizer, {name: int(i) for i, name in names.items()}, min(max_length or longest, longest))
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.pad_token_id
+
+    def encode(self, text: str) -> np.ndarray:
+        """Text -> int32 ids (T,) with the special tokens, at most `max_length`."""
+        return np.array(self.tokenizer(text, truncation=True, max_length=self.max_length)["input_ids"], np.int32)
+
+    def label(self, value: Any) -> int:
+        """Name or number of a class -> its number. Raises DataError for one that the model does not know."""
+        if value in self.labels:
+            return self.labels[value]
+        try:
+            number = int(value)
+        except (TypeError, ValueError):
+            number = -1
+        if number not in self.labels.values():
+            known = ", ".join(list(self.labels)[:10])
+            raise DataError("no label" if value in (None, "") else f"label {value!r} is none of {known}")
+        return number
+
+    def decode(self, number: int) -> str:
+        """Number of a class -> its name."""
+        return next(name for name, i in self.labels.items() if i == number)
 
 
 def _json(folder, name: str):

@@ -1,4 +1,4 @@
-"""`train`: CTC fine-tuning, and the control row of every recovery table (the teacher trained on, no surgery)."""
+"""`train`: fine-tuning (CTC, classification), and the control row of recovery tables (the teacher trained on)."""
 from __future__ import annotations
 
 import dataclasses
@@ -7,6 +7,7 @@ import re
 import jax.numpy as jnp
 
 from jaxslim.slim import Method, Slim, Term, inputs
+from jaxslim.spec import SpecError
 from jaxslim.train import losses
 
 
@@ -18,13 +19,23 @@ class Finetune(Method):
 
     def loss(self, student: Slim, targets, batch, key, step) -> dict[str, Term]:
         out = student(key=key, **inputs(batch))
-        return ctc(student, out, batch)
+        return task(student, out, batch)
 
     def control(self) -> Method:
         return self
 
     def group(self, name: str) -> str:
         return "frozen" if stored_statistic(name) or any(re.search(p, name) for p in self.freeze) else "main"
+
+
+def task(student: Slim, out, batch) -> dict[str, Term]:
+    """The loss that goes with the model's head."""
+    if student.spec.head == "ctc":
+        return ctc(student, out, batch)
+    if student.spec.head in ("classification", "frames"):
+        return {"ce": losses.cross_entropy(out.logits, batch["labels"])}
+    raise SpecError(f"A model with head {student.spec.head!r} has no task loss here; it has one for ctc, "
+                    "classification, frames.")
 
 
 def ctc(student: Slim, out, batch) -> dict[str, Term]:

@@ -29,6 +29,14 @@ def ctc(logits: jax.Array, lengths: jax.Array, labels: jax.Array, blank: int) ->
     return Term(losses.sum(), count), ((sizes > 0) & ~fits).sum()
 
 
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> Term:
+    """Classification: sum over the labelled of -log p, count = how many are. logits (B, [T,] V), labels (B, [T]),
+    IGNORE where there is none."""
+    valid = labels >= 0
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), jnp.where(valid, labels, 0))
+    return Term(jnp.where(valid, losses, 0.0).sum(), valid.sum().astype(jnp.float32))
+
+
 def hidden(student: jax.Array, teacher: jax.Array, mask: jax.Array, distance: str = "ln_mse") -> Term:
     """Distance of hidden states (B, T, D) over valid frames of mask (B, T): sum over frames, count = frames.
 

@@ -104,6 +104,14 @@ def test_round_trip_is_bit_for_bit(family, head, tmp_path):
     assert isinstance(back, getattr(transformers, hub._architecture(family, head)))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_import_checks_itself(family, tmp_path):
+    tiny.save(tiny.torch_model(config(family, pad_token_id=1), "classification"), tmp_path / "theirs")
+    rows = hub.import_model(tmp_path / "theirs", tmp_path / "ours", check=True)
+    assert [tap for tap, *_ in rows] == ["embedding", "encoder.0", "encoder.1", "logits"]
+    assert all(within for *_, within in rows)
+
+
 @pytest.mark.parametrize("family", ("bert", "roberta"))
 def test_without_a_pooler(family, tmp_path):
     """What a masked language model leaves: no pooler, the head of pre-training, an old file's extra names."""

@@ -84,8 +84,10 @@ def run(method: Method, student: Slim, teacher: Slim | None, cfg: config.Train, 
     with _stop_signals() as stop, logger:
         while at < cfg.max_steps:
             rows = next(stream)
-            audio += float(rows["attention_mask"].sum()) / 16000 if "attention_mask" in rows else 0.0
-            state, metrics = step(state, frozen, guide(at), M.batch({k: v for k, v in rows.items() if k != "row"}, mesh))
+            spoken = "attention_mask" in rows and "input_ids" not in rows  # a text's mask counts tokens
+            audio += float(rows["attention_mask"].sum()) / 16000 if spoken else 0.0
+            batch = M.batch({k: v for k, v in rows.items() if k != "row"}, mesh)
+            state, metrics = step(state, frozen, guide(at), batch)
             at += 1
             if at % cfg.logging_steps == 0 or at == cfg.max_steps:
                 row = {k: float(v) for k, v in jax.device_get(metrics).items()}

@@ -16,13 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxslim.models import adapters, bind, heads, positions
+from jaxslim.formulas import FORMULAS, inputs, lengths, parts
+from jaxslim.models import bind
 from jaxslim.models.roles import FAMILIES, blocks, prefix, roles
 from jaxslim.slim import Slim
-from jaxslim.spec import Spec, SpecError, kind
-
-SAMPLING_RATE = 16000  # of every model of this release
-TEXT, TOKEN_RATE = ("bert", "roberta", "distilbert"), 4  # text has no seconds; read aloud it has about 4 tokens in one
+from jaxslim.spec import Spec, SpecError
 
 
 class Macs(NamedTuple):
@@ -43,7 +41,7 @@ def params_by_block(spec: Spec) -> dict[str, int]:
     owners = {name: b for b in blocks(spec) for name in roles(spec, b).values()}
     inner = prefix(spec)
     owners |= {inner + name: part for part, name in FAMILIES[spec.family].rest.items()}
-    table = dict.fromkeys(_parts(spec), 0)
+    table = dict.fromkeys(parts(spec), 0)
     for name, leaf in bind.shapes(spec).items():
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             ends = (i for i, c in enumerate(name) if c == ".")
@@ -62,7 +60,7 @@ def macs(spec: Spec, seconds: float = 10.0, batch: int = 1, *, as_run: bool = Fa
     Raises:
       ValueError: the audio is shorter than one frame. SpecError: the family has no formula.
     """
-    frames = _lengths(spec, seconds)  # also the check of `seconds`
+    frames = lengths(spec, seconds)  # also the check of `seconds`
     if as_run:
         return Macs(traced_macs(spec, seconds, batch, attention="blocked"), {})
     if spec.family not in FORMULAS:
@@ -77,7 +75,7 @@ def per_layer_rows(spec: Spec, seconds: float = 10.0) -> list[dict[str, Any]]:
     """One row a block, front to back: {block, changes, params, macs}; `changes` is what differs from the config."""
     counts, sizes = macs(spec, seconds).blocks, params_by_block(spec)
     return [{"block": b, "changes": dict(spec.blocks.get(b, {})), "params": sizes.get(b, 0), "macs": counts.get(b, 0)}
-            for b in dict.fromkeys([*_parts(spec), *sizes])]
+            for b in dict.fromkeys([*parts(spec), *sizes])]
 
 
 def per_layer_table(spec: Spec, seconds: float = 10.0):
@@ -102,13 +100,9 @@ def traced_macs(spec: Spec, seconds: float = 10.0, batch: int = 1, *, attention:
     Args:
       attention: "dense" is the plain program, "blocked" the one for long audio on CPU.
     """
-    _lengths(spec, seconds)
-    if spec.family in TEXT:
-        name, x = "input_ids", jax.ShapeDtypeStruct((batch, _tokens(seconds)), jnp.int32)
-    else:
-        name, x = "input_values", jax.ShapeDtypeStruct((batch, _samples(seconds)), jnp.float32)
-    forward = functools.partial(_forward, name=name, attention=attention)
-    return jaxpr_macs(jax.make_jaxpr(forward)(Slim(spec, dict(bind.shapes(spec))), x))
+    lengths(spec, seconds)
+    forward = functools.partial(_forward, attention=attention)
+    return jaxpr_macs(jax.make_jaxpr(forward)(Slim(spec, dict(bind.shapes(spec))), inputs(spec, seconds, batch)))
 
 
 def jaxpr_macs(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> int:
@@ -140,132 +134,6 @@ def _inner(parameters: dict[str, Any]) -> Iterator[core.ClosedJaxpr | core.Jaxpr
                 yield v
 
 
-def _forward(model: Slim, x: jax.Array, name: str, attention: str):
-    out = model(**{name: x}, attention=attention)
+def _forward(model: Slim, inputs: dict[str, jax.Array], attention: str):
+    out = model(**inputs, attention=attention)
     return (out.last_hidden_state, out.pooler_output) if out.logits is None else out.logits
-
-
-def _parts(spec: Spec) -> list[str]:
-    """Blocks and the parts that are none, front to back."""
-    ids = blocks(spec)
-    front, head = ([b for b in ids if kind(b) == what] for what in ("frontend", "head"))
-    rest = [part for part in FAMILIES[spec.family].rest if part != "adapter" or spec.get("add_adapter")]
-    early, late = ([part for part in rest if (part == "adapter") == last] for last in (False, True))
-    return [*front, *early, *ids[len(front) : len(ids) - len(head)], *late, *head]
-
-
-def _tokens(seconds: float) -> int:
-    return max(1, round(seconds * TOKEN_RATE))
-
-
-def _samples(seconds: float) -> int:
-    return round(seconds * SAMPLING_RATE)
-
-
-def _lengths(spec: Spec, seconds: float) -> list[int]:
-    """Frames after each front-end convolution. Raises ValueError when none is left."""
-    if spec.family in TEXT:
-        if (tokens := _tokens(seconds)) > spec["max_position_embeddings"]:
-            raise ValueError(f"{tokens} tokens are more than this model has positions for.")
-        return [tokens]
-    lengths, n = [], _samples(seconds)
-    for kernel, stride in zip(spec["conv_kernel"], spec["conv_stride"], strict=True):
-        n = (n - kernel) // stride + 1
-        if n < 1:
-            raise ValueError(f"{seconds:g} s of audio is shorter than one frame of this model.")
-        lengths.append(n)
-    return lengths
-
-
-def _wav2vec2(spec: Spec, lengths: list[int]) -> Iterator[tuple[str, int]]:
-    """(block, MACs) of a wav2vec2, HuBERT or WavLM model for one clip; `lengths` from `_lengths`."""
-    width, last = spec["hidden_size"], len(lengths) - 1
-    for i, n in enumerate(lengths):
-        yield f"frontend.{i}", n * spec.channels(i) * spec.channels(i - 1) * spec["conv_kernel"][i]
-    T = lengths[-1]
-    yield "projection", T * spec.channels(last) * width
-    group = width // spec["num_conv_pos_embedding_groups"]
-    yield "positional", T * width * group * spec["num_conv_pos_embeddings"]
-    for i in range(spec["num_hidden_layers"]):
-        yield f"encoder.{i}.attention", _attention(spec, f"encoder.{i}.attention", T)
-        if spec["do_stable_layer_norm"] and (inner := spec.get("adapter_attn_dim")):
-            yield f"encoder.{i}.ffn", T * 2 * width * inner
-        yield f"encoder.{i}.ffn", _ffn(spec, f"encoder.{i}.ffn", T)
-    T = yield from _conv_adapter(spec, T)
-    if spec.head != "none":
-        yield "head", _head(spec, T)
-
-
-def _ffn(spec: Spec, block: str, T: int) -> int:
-    f, width = spec.ffn(block), spec.of(block, "hidden_size")
-    return T * (_linear(width, f.units, f, "up") + _linear(f.units, width, f, "down"))
-
-
-def _conv_adapter(spec: Spec, T: int) -> Iterator[tuple[str, int]]:
-    """Conv adapters behind an encoder; returns the frames they leave."""
-    if not spec.get("add_adapter"):
-        return T
-    width, kernel, stride = heads.width(spec), spec["adapter_kernel_size"], spec["adapter_stride"]
-    total = T * spec["hidden_size"] * width if width != spec["hidden_size"] else 0
-    for _ in range(spec["num_adapter_layers"]):
-        T = (T + 2 * adapters.PADDING - kernel) // stride + 1
-        total += T * 2 * width * width * kernel
-    yield "adapter", total
-    return T
-
-
-def _head(spec: Spec, T: int) -> int:
-    width = heads.width(spec)
-    if spec.head == "ctc":
-        return T * width * spec["vocab_size"]
-    if spec.head == "frames":
-        return T * width * heads.labels(spec)
-    if spec.head == "classification":
-        return spec["classifier_proj_size"] * (T * width + heads.labels(spec))
-    dims, size = spec["tdnn_dim"], spec["xvector_output_dim"]
-    total = T * width * dims[0] + 2 * dims[-1] * size + size * size
-    for din, dout, kernel, dilation in zip([dims[0], *dims], dims, spec["tdnn_kernel"], spec["tdnn_dilation"]):
-        T -= dilation * (kernel - 1)
-        total += T * din * dout * kernel
-    return total
-
-
-def _attention(spec: Spec, block: str, T: int) -> int:
-    a, width = spec.attention(block), spec.of(block, "hidden_size")
-    count = len(a.heads)
-    qk, v = count * a.qk_dim, count * a.v_dim
-    projections = sum(_linear(*dims, a, role) for role, dims in
-                      {"q": (width, qk), "k": (width, qk), "v": (width, v), "o": (v, width)}.items())
-    if a.mixer == "softmax":
-        gates = count * (width // spec["num_attention_heads"]) * positions.GATES if spec.family == "wavlm" else 0
-        return T * (projections + gates) + T * T * (qk + v)          # scores, weighted sum
-    if a.mixer == "hedgehog":
-        features = a.options["features"]
-        return T * (projections + 2 * features * (qk + 2 * v))       # phi(q) and phi(k); state and its read-out
-    raise SpecError(f"MACs: no formula for mixer {a.mixer!r} of block {block}.")
-
-
-def _linear(din: int, dout: int, block, role: str) -> int:
-    """MACs a frame of the linear `role`; `block` is a resolved Attention or FFN."""
-    if not din or not dout:  # a block without heads or units keeps only a bias
-        return 0
-    rank, lora = block.ranks.get(role), block.lora.get(role)
-    return (din * dout if rank is None else rank * (din + dout)) + (lora["rank"] * (din + dout) if lora else 0)
-
-
-def _bert(spec: Spec, lengths: list[int]) -> Iterator[tuple[str, int]]:
-    """(block, MACs) of a BERT, RoBERTa or DistilBERT model for one text of `lengths[-1]` tokens."""
-    T, width = lengths[-1], spec.of("encoder", "hidden_size")
-    pooled = spec.get("add_pooling_layer", True) if spec.head == "none" else spec.family == "bert"
-    yield "embedding", 0
-    if "pooler" in _parts(spec):
-        yield "pooler", width * width if pooled else 0
-    for i in range(spec.of("encoder", "num_hidden_layers")):
-        yield f"encoder.{i}.attention", _attention(spec, f"encoder.{i}.attention", T)
-        yield f"encoder.{i}.ffn", _ffn(spec, f"encoder.{i}.ffn", T)
-    if spec.head != "none":
-        yield "head", width * (heads.labels(spec) + (0 if spec.family == "bert" else width))
-
-
-FORMULAS = {"wav2vec2": _wav2vec2, "hubert": _wav2vec2, "wavlm": _wav2vec2,
-            **dict.fromkeys(("bert", "roberta", "distilbert"), _bert)}

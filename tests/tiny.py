@@ -25,7 +25,21 @@ def config(family: str = "wav2vec2", **changes: Any) -> dict[str, Any]:
     """config.json of a small model, as transformers writes it."""
     from transformers import CONFIG_MAPPING
 
-    return CONFIG_MAPPING[family](**{**SMALL, **changes}).to_dict()
+    changes = {**SMALL, **changes}
+    if family in ("parakeet_ctc", "parakeet_encoder"):
+        return parakeet(family, changes)
+    return CONFIG_MAPPING[family](**changes).to_dict()
+
+
+def parakeet(family: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """The encoder's keys of `changes` in a section of their own, for the model with a head."""
+    from transformers import ParakeetCTCConfig, ParakeetEncoderConfig
+
+    encoder = {"dropout": 0.0, "num_mel_bins": 80, "subsampling_conv_channels": 6, "conv_kernel_size": 5,
+               **{k: v for k, v in changes.items() if hasattr(ParakeetEncoderConfig, k)}}
+    if family == "parakeet_encoder":
+        return ParakeetEncoderConfig(**encoder).to_dict()
+    return ParakeetCTCConfig(encoder_config=encoder, vocab_size=changes["vocab_size"], pad_token_id=0).to_dict()
 
 
 def torch_model(config: dict[str, Any], head: str = "ctc", seed: int = 0):
@@ -37,10 +51,10 @@ def torch_model(config: dict[str, Any], head: str = "ctc", seed: int = 0):
 
     cls = getattr(transformers, hub._architecture(config["model_type"], head))
     model = cls(transformers.CONFIG_MAPPING[config["model_type"]].from_dict(config)).eval()
-    generator = torch.Generator().manual_seed(seed)
+    generator, stored = torch.Generator().manual_seed(seed), set(model.state_dict())
     with torch.no_grad():
         for name, p in [*model.named_parameters(), *model.named_buffers()]:
-            if not p.is_floating_point():
+            if not p.is_floating_point() or name not in stored:           # a table that no checkpoint holds
                 continue
             noise = torch.randn(p.shape, generator=generator)
             if name.endswith(("running_var", "original0")):           # a variance, a weight norm's magnitude

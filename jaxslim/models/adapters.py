@@ -23,7 +23,7 @@ class GatedConv(nnx.Module):
         self.conv = L.Conv(width, 2 * width, spec["adapter_kernel_size"])
 
     def __call__(self, x):                                               # (B, T, D) -> (B, T', D)
-        return glu(self.conv(jnp.pad(x, ((0, 0), (PADDING, PADDING), (0, 0))), self.stride))
+        return glu(self.conv(x, self.stride, PADDING))
 
 
 class ConvAdapter(nnx.Module):

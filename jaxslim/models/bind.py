@@ -17,7 +17,8 @@ from jaxslim.slim import Slim
 from jaxslim.spec import Spec, SpecError, nearest
 
 # model_type -> module in jaxslim.models with build(spec)
-FAMILIES = {"wav2vec2": "wav2vec2", "hubert": "wav2vec2", "wavlm": "wav2vec2"}
+FAMILIES = {"wav2vec2": "wav2vec2", "hubert": "wav2vec2", "wavlm": "wav2vec2", "wav2vec2-conformer": "conformer",
+            "wav2vec2-bert": "w2v_bert", "parakeet_ctc": "parakeet", "parakeet_encoder": "parakeet"}
 FAMILIES["whisper"] = "whisper"
 FAMILIES |= dict.fromkeys(("bert", "roberta", "distilbert"), "bert")
 AUXILIARY = ("aux.", "teacher/")                           # training-only names; not part of the model

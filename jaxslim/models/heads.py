@@ -5,6 +5,8 @@ states (SUPERB, arXiv 2105.01051). X-vectors: time-delay layers and statistic po
 """
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -75,11 +77,14 @@ class CTC(Head):
     def __init__(self, spec: Spec, encoder: nnx.Module):
         super().__init__(spec, encoder)
         self.last, self.rate = roles(spec, "head")["owner"], spec.get("final_dropout", 0.0)
-        setattr(self, self.last, L.Linear(width(spec), spec["vocab_size"]))
+        self.conv = spec.family == "parakeet_ctc"  # its head is a convolution of width 1, as in NeMo
+        make = functools.partial(L.Conv, width=1) if self.conv else L.Linear
+        setattr(self, self.last, make(width(spec), spec["vocab_size"]))
 
     def __call__(self, call: L.Call, **inputs) -> Outputs:               # logits (B, T, V)
         x, out = self.encode(call, inputs)
-        return self.finish(call, out, getattr(self, self.last)(L.dropout(x, self.rate, call, DROPOUT)))
+        last = getattr(self, self.last)
+        return self.finish(call, out, (last.pointwise if self.conv else last)(L.dropout(x, self.rate, call, DROPOUT)))
 
 
 class Classification(Head):

@@ -39,8 +39,8 @@ class Attention(mixers.Attention):
     """An attention block whose softmax knows positions. Heads that a Spec leaves out keep their numbers: WavLM's
     embedding and gate constants stay whole and are selected by head, the other parameters are cut with q and k."""
 
-    def __init__(self, spec: Spec, block: str):
-        super().__init__(spec, block)
+    def __init__(self, spec: Spec, block: str, biasless: tuple[str, ...] = ()):
+        super().__init__(spec, block, biasless)
         a, names, width = spec.attention(block), roles(spec, block), spec["hidden_size"]
         self.position, self.kept, self.total = kind(spec), a.heads, spec["num_attention_heads"]
         extra = ("pos", "bias_u", "bias_v")
@@ -138,6 +138,13 @@ def by_distance(scores: jax.Array, left: int, right: int) -> jax.Array:
     steps = jnp.arange(scores.shape[2])
     index = jnp.clip(steps[None, :] - steps[:, None], -left, right) + left
     return jnp.take_along_axis(scores, index[None, None], -1)
+
+
+def rates(spec: Spec) -> np.ndarray:
+    """Rotary frequencies of a config (K/2,)."""
+    width = spec["hidden_size"] // spec["num_attention_heads"]
+    power = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+    return (1.0 / np.float32(spec["rotary_embedding_base"]) ** power).astype(np.float32)
 
 
 def rotate(x: jax.Array, rate: jax.Array) -> jax.Array:

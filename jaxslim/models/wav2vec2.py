@@ -198,10 +198,10 @@ class Transformer(nnx.Module):
 class Encoder(nnx.Module):
     """`Wav2Vec2Model` / `HubertModel` / `WavLMModel`."""
 
-    def __init__(self, spec: Spec):
+    def __init__(self, spec: Spec, transformer: type[nnx.Module] = Transformer):
         self.spec = spec
         self.feature_extractor, self.feature_projection = FeatureExtractor(spec), FeatureProjection(spec)
-        self.encoder = Transformer(spec)
+        self.encoder = transformer(spec)
         self.adapted = bool(spec.get("add_adapter"))
         if self.adapted:
             self.adapter = adapters.ConvAdapter(spec)

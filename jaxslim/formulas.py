@@ -1,0 +1,233 @@
+"""Multiply-accumulates of each family by formula, block by block; cost.py adds them up and checks them by counting."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from jaxslim.models import adapters, conformer, heads, parakeet, positions
+from jaxslim.models.roles import FAMILIES, blocks
+from jaxslim.spec import Spec, SpecError, kind
+
+SAMPLING_RATE = 16000  # of every model of this release
+TEXT, TOKEN_RATE = ("bert", "roberta", "distilbert"), 4  # text has no seconds; read aloud it has about 4 tokens in one
+FEATURES = {"wav2vec2-bert": "feature_projection_input_dim", "parakeet_ctc": "num_mel_bins",
+            "parakeet_encoder": "num_mel_bins"}  # families that read features, and the config key of their number
+LATE = {"intermediate": "use_intermediate_ffn_before_adapter", "adapter": "add_adapter"}  # behind the layers -> switch
+
+
+def inputs(spec: Spec, seconds: float, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a model is called with for `batch` clips of `seconds` s."""
+    if spec.family in TEXT:
+        return {"input_ids": jax.ShapeDtypeStruct((batch, _tokens(seconds)), jnp.int32)}
+    if spec.family in FEATURES:
+        shape = (batch, lengths(spec, seconds)[0], spec[FEATURES[spec.family]])
+        return {"input_features": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    return {"input_values": jax.ShapeDtypeStruct((batch, _samples(seconds)), jnp.float32)}
+
+
+def parts(spec: Spec) -> list[str]:
+    """Blocks and the parts that are none, front to back."""
+    ids = blocks(spec)
+    front, head = ([b for b in ids if kind(b) == what] for what in ("frontend", "head"))
+    rest = [part for part in FAMILIES[spec.family].rest if part not in LATE or spec.get(LATE[part])]
+    early, late = ([part for part in rest if (part in LATE) == last] for last in (False, True))
+    return [*front, *early, *ids[len(front) : len(ids) - len(head)], *late, *head]
+
+
+def _tokens(seconds: float) -> int:
+    return max(1, round(seconds * TOKEN_RATE))
+
+
+def _samples(seconds: float) -> int:
+    return round(seconds * SAMPLING_RATE)
+
+
+def _feature_frames(spec: Spec, samples: int) -> int:
+    """Frames of `input_features` for a number of samples at 16 kHz, as the families' extractors make them."""
+    if "parakeet" in spec.family:
+        return samples // 160 + 1                                        # centred windows
+    return max((samples - 400) // 160 + 1, 0) // 2                       # whole windows, two frames stacked
+
+
+def lengths(spec: Spec, seconds: float) -> list[int]:
+    """Frames after each front-end convolution. Raises ValueError when none is left."""
+    if spec.family in TEXT:
+        if (tokens := _tokens(seconds)) > spec["max_position_embeddings"]:
+            raise ValueError(f"{tokens} tokens are more than this model has positions for.")
+        return [tokens]
+    if spec.family in FEATURES:
+        counts = [_feature_frames(spec, _samples(seconds))]
+        counts += parakeet.subsampled(spec, counts[0]) if "parakeet" in spec.family else []
+        if counts[-1] < 1:
+            raise ValueError(f"{seconds:g} s of audio is shorter than one frame of this model.")
+        return counts
+    counts, n = [], _samples(seconds)
+    for kernel, stride in zip(spec["conv_kernel"], spec["conv_stride"], strict=True):
+        n = (n - kernel) // stride + 1
+        if n < 1:
+            raise ValueError(f"{seconds:g} s of audio is shorter than one frame of this model.")
+        counts.append(n)
+    return counts
+
+
+def _front(spec: Spec, lengths: list[int]) -> Iterator[tuple[str, int]]:
+    """Front end and projection of the families that read waveforms."""
+    for i, n in enumerate(lengths):
+        yield f"frontend.{i}", n * spec.channels(i) * spec.channels(i - 1) * spec["conv_kernel"][i]
+    yield "projection", lengths[-1] * spec.channels(len(lengths) - 1) * spec["hidden_size"]
+
+
+def _conformer(spec: Spec, lengths: list[int]) -> Iterator[tuple[str, int]]:
+    """(block, MACs[, MACs whatever the batch]) of a wav2vec2-conformer, w2v-BERT or Parakeet for one clip."""
+    width, T = spec["hidden_size"], lengths[-1]
+    if spec.family == "wav2vec2-conformer":
+        yield from _front(spec, lengths)
+        yield "positional", 0  # in the checkpoint, read by nothing
+    elif spec.family == "wav2vec2-bert":
+        yield "projection", T * width * spec["feature_projection_input_dim"]
+    else:
+        yield "projection", _subsampling(spec, lengths)
+    kernel = spec[conformer.STYLES[spec.family].kernel]
+    for i in range(spec["num_hidden_layers"]):
+        yield f"encoder.{i}.ffn1", _ffn(spec, f"encoder.{i}.ffn1", T)
+        a, once = spec.attention(f"encoder.{i}.attention"), 0
+        if positions.kind(spec) == "relative" and a.mixer == "softmax":  # embeddings of 2 T - 1 distances
+            once = (2 * T - 1) * width * len(a.heads) * a.qk_dim
+        yield f"encoder.{i}.attention", _attention(spec, f"encoder.{i}.attention", T), once
+        yield f"encoder.{i}.conv", T * spec.conv(f"encoder.{i}.conv") * (3 * width + kernel)
+        yield f"encoder.{i}.ffn2", _ffn(spec, f"encoder.{i}.ffn2", T)
+    if spec.family == "wav2vec2-bert":
+        T = yield from _bert_adapter(spec, T)
+    elif spec.family == "wav2vec2-conformer":
+        T = yield from _conv_adapter(spec, T)
+    if spec.head != "none":
+        yield "head", _head(spec, T)
+
+
+def _subsampling(spec: Spec, lengths: list[int]) -> int:
+    channels, width = spec["subsampling_conv_channels"], spec["subsampling_conv_kernel_size"]
+    mels = parakeet.subsampled(spec, spec["num_mel_bins"])
+    total = sum(t * m * channels * (width**2 + (channels if i else 0))
+                for i, (t, m) in enumerate(zip(lengths[1:], mels, strict=True)))
+    return total + lengths[-1] * channels * mels[-1] * spec["hidden_size"]
+
+
+def _bert_adapter(spec: Spec, T: int) -> Iterator[tuple[str, int]]:
+    """w2v-BERT's extra feed-forward block and adapter; returns the frames they leave."""
+    width, units = spec["hidden_size"], spec["intermediate_size"]
+    if spec["use_intermediate_ffn_before_adapter"]:
+        yield "intermediate", 2 * T * width * units
+    if not spec["add_adapter"]:
+        return T
+    out, kernel, stride = heads.width(spec), spec["adapter_kernel_size"], spec["adapter_stride"]
+    total = T * width * out if out != width else 0
+    for _ in range(spec["num_adapter_layers"]):
+        T = (T + 2 * (stride // 2) - kernel) // stride + 1
+        total += T * out * (4 * kernel * out + 4 * out + 2 * T + 2 * units)
+    yield "adapter", total
+    return T
+
+
+def _wav2vec2(spec: Spec, lengths: list[int]) -> Iterator[tuple[str, int]]:
+    """(block, MACs) of a wav2vec2, HuBERT or WavLM model for one clip; `lengths` from `lengths`."""
+    width, T = spec["hidden_size"], lengths[-1]
+    yield from _front(spec, lengths)
+    group = width // spec["num_conv_pos_embedding_groups"]
+    yield "positional", T * width * group * spec["num_conv_pos_embeddings"]
+    for i in range(spec["num_hidden_layers"]):
+        yield f"encoder.{i}.attention", _attention(spec, f"encoder.{i}.attention", T)
+        if spec["do_stable_layer_norm"] and (inner := spec.get("adapter_attn_dim")):
+            yield f"encoder.{i}.ffn", T * 2 * width * inner
+        yield f"encoder.{i}.ffn", _ffn(spec, f"encoder.{i}.ffn", T)
+    T = yield from _conv_adapter(spec, T)
+    if spec.head != "none":
+        yield "head", _head(spec, T)
+
+
+def _ffn(spec: Spec, block: str, T: int) -> int:
+    f, width = spec.ffn(block), spec.of(block, "hidden_size")
+    return T * (_linear(width, f.units, f, "up") + _linear(f.units, width, f, "down"))
+
+
+def _conv_adapter(spec: Spec, T: int) -> Iterator[tuple[str, int]]:
+    """Conv adapters behind an encoder; returns the frames they leave."""
+    if not spec.get("add_adapter"):
+        return T
+    width, kernel, stride = heads.width(spec), spec["adapter_kernel_size"], spec["adapter_stride"]
+    total = T * spec["hidden_size"] * width if width != spec["hidden_size"] else 0
+    for _ in range(spec["num_adapter_layers"]):
+        T = (T + 2 * adapters.PADDING - kernel) // stride + 1
+        total += T * 2 * width * width * kernel
+    yield "adapter", total
+    return T
+
+
+def _head(spec: Spec, T: int) -> int:
+    width = heads.width(spec)
+    if spec.head == "ctc":
+        return T * width * spec["vocab_size"]
+    if spec.head == "frames":
+        return T * width * heads.labels(spec)
+    if spec.head == "classification":
+        return spec["classifier_proj_size"] * (T * width + heads.labels(spec))
+    dims, size = spec["tdnn_dim"], spec["xvector_output_dim"]
+    total = T * width * dims[0] + 2 * dims[-1] * size + size * size
+    for din, dout, kernel, dilation in zip([dims[0], *dims], dims, spec["tdnn_kernel"], spec["tdnn_dilation"]):
+        T -= dilation * (kernel - 1)
+        total += T * din * dout * kernel
+    return total
+
+
+def _attention(spec: Spec, block: str, T: int) -> int:
+    a, width = spec.attention(block), spec.of(block, "hidden_size")
+    count = len(a.heads)
+    qk, v = count * a.qk_dim, count * a.v_dim
+    projections = sum(_linear(*dims, a, role) for role, dims in
+                      {"q": (width, qk), "k": (width, qk), "v": (width, v), "o": (v, width)}.items())
+    if a.mixer == "softmax":
+        return T * (projections + _positions(spec, T, count, qk)) + T * T * (qk + v)  # scores, weighted sum
+    if a.mixer == "hedgehog":
+        features = a.options["features"]
+        return T * (projections + 2 * features * (qk + 2 * v))       # phi(q) and phi(k); state and its read-out
+    raise SpecError(f"MACs: no formula for mixer {a.mixer!r} of block {block}.")
+
+
+def _positions(spec: Spec, T: int, count: int, qk: int) -> int:
+    """MACs a frame that positions add to the softmax attention of `count` heads."""
+    match positions.kind(spec):
+        case "gated":
+            return count * (spec["hidden_size"] // spec["num_attention_heads"]) * positions.GATES
+        case "relative":
+            return (2 * T - 1) * qk
+        case "relative_key":
+            return (spec["left_max_position_embeddings"] + spec["right_max_position_embeddings"] + 1) * qk
+    return 0
+
+
+def _linear(din: int, dout: int, block, role: str) -> int:
+    """MACs a frame of the linear `role`; `block` is a resolved Attention or FFN."""
+    if not din or not dout:  # a block without heads or units keeps only a bias
+        return 0
+    rank, lora = block.ranks.get(role), block.lora.get(role)
+    return (din * dout if rank is None else rank * (din + dout)) + (lora["rank"] * (din + dout) if lora else 0)
+
+
+def _bert(spec: Spec, lengths: list[int]) -> Iterator[tuple[str, int]]:
+    """(block, MACs) of a BERT, RoBERTa or DistilBERT model for one text of `lengths[-1]` tokens."""
+    T, width = lengths[-1], spec.of("encoder", "hidden_size")
+    pooled = spec.get("add_pooling_layer", True) if spec.head == "none" else spec.family == "bert"
+    yield "embedding", 0
+    if "pooler" in parts(spec):
+        yield "pooler", width * width if pooled else 0
+    for i in range(spec.of("encoder", "num_hidden_layers")):
+        yield f"encoder.{i}.attention", _attention(spec, f"encoder.{i}.attention", T)
+        yield f"encoder.{i}.ffn", _ffn(spec, f"encoder.{i}.ffn", T)
+    if spec.head != "none":
+        yield "head", width * (heads.labels(spec) + (0 if spec.family == "bert" else width))
+
+
+FORMULAS = {"wav2vec2": _wav2vec2, "hubert": _wav2vec2, "wavlm": _wav2vec2,
+            **dict.fromkeys(("wav2vec2-conformer", "wav2vec2-bert", "parakeet_ctc", "parakeet_encoder"), _conformer),
+            **dict.fromkeys(("bert", "roberta", "distilbert"), _bert)}

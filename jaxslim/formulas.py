@@ -48,7 +48,7 @@ def _feature_frames(spec: Spec, samples: int) -> int:
     """Frames of `input_features` for a number of samples at 16 kHz, as the families' extractors make them."""
     if "parakeet" in spec.family:
         return samples // 160 + 1                                        # centred windows
-    return max((samples - 400) // 160 + 1, 0) // 2                       # whole windows, two frames stacked
+    return max((samples - 400) // 160 + 2, 0) // 2                       # whole windows, stacked by two
 
 
 def lengths(spec: Spec, seconds: float) -> list[int]:

@@ -22,7 +22,8 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from jaxslim import __version__, torch_code
+from jaxslim import __version__, formulas, torch_code
+from jaxslim import language as languages
 from jaxslim import weights as stored
 from jaxslim.models import bind
 from jaxslim.models.roles import prefix
@@ -70,7 +71,8 @@ ALIASES = ((r"\.weight_g$", ".parametrizations.weight.original0"),  # weight nor
 OLD_NAMES = {"whisper": ((r"^lm_head\.", "proj_out."),)}  # what its Flax class called the output matrix
 
 
-def load(name: str | os.PathLike, *, revision: str | None = None, dtype: Any = None, mesh: Any = None) -> Slim:
+def load(name: str | os.PathLike, *, revision: str | None = None, dtype: Any = None, mesh: Any = None,
+         language: str | None = None) -> Slim:
     """Reads a model.
 
     Args:
@@ -79,13 +81,16 @@ def load(name: str | os.PathLike, *, revision: str | None = None, dtype: Any = N
       dtype: of the parameters; None means float32, whatever the file holds.
       mesh: devices (train.mesh.make) that the parameters go to by its rules as they are read: the host never holds
         more than one file of a sharded checkpoint. None is the default device.
+      language: of an MMS model, such as "fra": its adapters and output layer take the place of the stored ones.
     Raises:
       HubError: nothing there, not a model this release reads, or weights that do not fit the config.
     """
-    path = folder(name, revision=revision)
+    path = folder(name, revision=revision, language=language)
     config = torch_code.restore(_config(path, str(name)))
     family, head = _family(config, path)
     weights = _rename(stored.read(path, str(name)), family)
+    if language is not None:
+        weights = languages.switch(weights, config, path, language)
     if head is None:
         head = "ctc" if family not in TEXT and any(k.startswith("lm_head.") for k in weights) else "none"
     if family in TEXT and head == "none" and not any("pooler." in k for k in weights):
@@ -115,7 +120,7 @@ def load(name: str | os.PathLike, *, revision: str | None = None, dtype: Any = N
     return Slim(spec, {k: params[k] for k in want})
 
 
-def folder(name: str | os.PathLike, *, revision: str | None = None) -> pathlib.Path:
+def folder(name: str | os.PathLike, *, revision: str | None = None, language: str | None = None) -> pathlib.Path:
     """Local folder of a model, downloaded if it is a hub id; other files of it (tokenizer, card) lie there too."""
     text = os.fspath(name)
     if text.startswith("bundled:"):
@@ -130,7 +135,7 @@ def folder(name: str | os.PathLike, *, revision: str | None = None) -> pathlib.P
     match = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@(.+))?", text)
     if not match:
         raise HubError(f"{text} does not exist. A model is bundled:NAME, a folder, or a hub id (org/name[@revision]).")
-    return _download(match[1], revision or match[2])
+    return _download(match[1], revision or match[2], () if language is None else languages.files(language))
 
 
 def save(model: Slim, folder: str | os.PathLike, *, source: str | os.PathLike | None = None, dtype: Any = None,
@@ -232,10 +237,11 @@ def compare(model: Slim, reference: str | os.PathLike, seconds: float = 1.0, tol
     if model.spec.family in TEXT:
         probe = {"input_ids": rng.integers(5, model.spec["vocab_size"], (1, 16))}
     else:
-        probe = {"input_values": rng.standard_normal((1, int(16000 * seconds)), np.float32)}
+        probe = {k: rng.standard_normal(x.shape, np.float32)
+                 for k, x in formulas.inputs(model.spec, seconds, 1).items()}
     encoder = torch_model.get_submodule(prefix(model.spec).rstrip("."))  # "" is the model itself
     want = {}
-    parts = [("frontend", "feature_extractor"), ("projection", "feature_projection")]
+    parts = [("frontend", "feature_extractor"), ("projection", "feature_projection"), ("projection", "subsampling")]
     parts = {tap: getattr(encoder, part) for tap, part in parts if hasattr(encoder, part)}
     for tap, module in parts.items():
         module.register_forward_hook(lambda _, __, out, tap=tap: want.__setitem__(tap, out))
@@ -274,10 +280,10 @@ def _bundled(name: str) -> pathlib.Path:
                    f"{nearest(name, known)}")
 
 
-def _download(repo: str, revision: str | None) -> pathlib.Path:
+def _download(repo: str, revision: str | None, more: tuple[str, ...] = ()) -> pathlib.Path:
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.txt", "*.model", "LICENSE", "NOTICE"]
+    wanted = ["*.json", "*.txt", "*.model", "LICENSE", "NOTICE", *more]
     try:
         for kind in stored.KINDS:  # the first that the repository has
             path = pathlib.Path(snapshot_download(repo, revision=revision, allow_patterns=[*wanted, *kind.patterns]))
@@ -458,6 +464,9 @@ def _write(model: Slim, target: pathlib.Path, carried, dtype) -> None:
             (target / name).write_text(code, encoding="utf-8")
     for file in carried:
         shutil.copyfile(file, target / file.name)
+    if "target_lang" in config and (target / "tokenizer_config.json").is_file():
+        text = (target / "tokenizer_config.json").read_text(encoding="utf-8")
+        (target / "tokenizer_config.json").write_text(languages.tokenizer_config(text, config["target_lang"]))
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     (target / CONFIG).write_text(text, encoding="utf-8")
     save_file(tensors, target / WEIGHTS, metadata={"format": "pt", "jaxslim": __version__})

@@ -214,6 +214,45 @@ def samples_of(family, samples):
     return samples // 20 if family in FEATURES else samples
 
 
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_mms_switches_its_language(ending, tmp_path):
+    """As `load_adapter` of transformers: the language's adapters and output layer, its size, and the tokenizer's."""
+    import json
+
+    import safetensors.torch
+
+    folder = tmp_path / "mms"
+    model = tiny.torch_model(config("mms"), "ctc")
+    tiny.save(model, folder)
+    other = tiny.torch_model(tiny.config("wav2vec2", **HEADS, **MMS, vocab_size=17), "ctc", seed=5)
+    adapter = {k: v.clone() for k, v in other._get_adapters().items()}
+    adapter = {k: v.detach().contiguous() for k, v in adapter.items()}
+    if ending == "bin":
+        torch.save(adapter, folder / "adapter.fra.bin")
+    else:
+        safetensors.torch.save_file(adapter, folder / "adapter.fra.safetensors")
+    (folder / "vocab.json").write_text(json.dumps({lang: {chr(97 + i): i for i in range(n)}
+                                                   for lang, n in (("eng", 11), ("fra", 17))}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"target_lang": "eng", "pad_token": "a"}))
+
+    ours = hub.load(folder, language="fra")
+    model.config._name_or_path = str(folder)
+    model.load_adapter("fra")
+    inputs = batch("wav2vec2")
+    with torch.no_grad():
+        want = model(**torch_inputs(inputs)).logits
+    assert ours.spec["vocab_size"] == 17 and want.shape[-1] == 17
+    assert tiny.close(ours(**inputs).logits, want) < 2e-5
+
+    hub.save(ours, tmp_path / "fra", source=folder)  # a folder that speaks French without being asked
+    assert hub.load(tmp_path / "fra").fingerprint == ours.fingerprint
+    assert json.loads((tmp_path / "fra" / "tokenizer_config.json").read_text())["target_lang"] == "fra"
+    with pytest.raises(hub.HubError, match="adapter.deu.*there is fra"):
+        hub.load(folder, language="deu")
+    with pytest.raises(hub.HubError, match="no language adapters"):
+        hub.load("bundled:wav2vec2-ctc-en", language="fra")
+
+
 def test_wavlm_heads_keep_their_numbers():
     """Heads that stay see the same bias whatever else is cut, also when the first layer has none left."""
     full = tiny.slim(tiny.config("wavlm", **{**HEADS, **WAVLM, **STABLE}), "ctc")

@@ -55,9 +55,6 @@ def parse(text: str, devices: int) -> dict[str, int]:
         if name in seen:
             raise MeshError(f"Mesh {text!r}: {name} stands twice.")
         seen.add(name)
-        if name in seen:
-            raise MeshError(f"Mesh {text!r}: {name} stands twice.")
-        seen.add(name)
         sizes[name] = int(value)
     fixed = int(np.prod([s for s in sizes.values() if s > 0]))
     rest = [n for n, s in sizes.items() if s == -1]

@@ -78,6 +78,9 @@ def console(summary: dict[str, Any]):
 
     models = _models(summary)
     table = Table(title=summary.get("recipe") and str(summary["recipe"]))
+    if (d := summary.get("student_minus_control")) is not None:
+        table.caption = (f"WER of the student less the control's: {100 * d['wer']:+.1f} points "
+                         f"(paired 90 % interval {100 * d['low']:+.1f} to {100 * d['high']:+.1f})")
     table.add_column("")
     for role, _ in models:
         table.add_column(role, justify="right")

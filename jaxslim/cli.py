@@ -13,7 +13,12 @@ import sys
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args([_dashes(a) for a in (sys.argv[1:] if argv is None else argv)])
+    top = parser()
+    args, rest = top.parse_known_args([_dashes(a) for a in (sys.argv[1:] if argv is None else argv)])
+    if rest and not (hasattr(args, "overrides") and all("=" in a for a in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # key=value behind an option, and --key=value
+        args.overrides += rest
     logging.basicConfig(level=logging.INFO if args.verbose or args.command in ("train", "slim", "demo") else
                         logging.WARNING, format="%(message)s")
     for noisy in ("jax", "absl", "orbax", "httpx"):
@@ -214,7 +219,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--predictions", metavar="FILE", help="write references and hypotheses as JSON lines")
     p = command("bench", _bench, "compile, first and steady time and peak memory by audio length")
     p.add_argument("model")
-    p.add_argument("--baseline", help="torch, torch:MODEL or another model, measured in the same run; several with commas")
+    p.add_argument("--baseline", help="torch, torch:MODEL or a model, measured in the same run; several with commas")
     p.add_argument("--seconds", default="1,10,60", help="audio lengths, comma separated (default 1,10,60)")
     p.add_argument("--batch-size", type=int, default=1)
     p.add_argument("--repeats", type=int, default=9, help="timed calls of each participant (default 9)")

@@ -148,7 +148,11 @@ def load(cls: type, path: str, overrides: Sequence[str] = ()) -> Any:
     file = epath.Path(path)
     if not file.exists():
         raise ConfigError(f"Config {path} does not exist.")
-    tree = parse_yaml(file.read_text(), path)
+    try:
+        text = file.read_text()
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}.") from None
+    tree = parse_yaml(text, path)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must be a YAML mapping.")
     for item in overrides:
@@ -246,11 +250,8 @@ def differences(then: Any, now: Any, key: str = "") -> list[str]:
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         keys = dict.fromkeys([*then, *now])
         return [d for k in keys for d in differences(then.get(k), now.get(k), f"{key}.{k}" if key else str(k))]
-    if isinstance(then, Mapping | list) and isinstance(now, Mapping | list):
-        return [] if then == now else [f"{key}: changed"]
-    shown = [f"{key}: {'set' if isinstance(a, Mapping) else repr(a)} then, {'set' if isinstance(b, Mapping) else repr(b)} now"
-             for a, b in [(then, now)] if a != b]
-    return shown
+    show = lambda x: "set" if isinstance(x, Mapping) else repr(x)[:60]  # noqa: E731
+    return [] if then == now else [f"{key}: {show(then)} then, {show(now)} now"]
 
 
 def dump(value: Any) -> str:

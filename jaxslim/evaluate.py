@@ -41,8 +41,8 @@ def _resolve(model: Slim | str, data, task, source, limit) -> tuple[Slim, Rows, 
             source = source or (model if not isinstance(model, Slim) else None)
             if source is None:
                 raise ValueError("Give task= or source= (the folder or name whose vocabulary the model uses).")
-            task = CTCTask.from_pretrained(hub.folder(source))
-        model = model if isinstance(model, Slim) else hub.load(model)
+        model = model if isinstance(model, Slim) else hub.load(model)  # first: it says what is no model
+        task = task or CTCTask.from_pretrained(hub.folder(source))
     if model.spec.head != "ctc":
         raise ValueError(f"This {model.spec.family} model has the head {model.spec.head!r}; decoding needs 'ctc'.")
     rows = load_rows(data) if isinstance(data, (str, os.PathLike)) else data

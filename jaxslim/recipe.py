@@ -11,7 +11,6 @@ import dataclasses
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -43,10 +42,17 @@ def run(path: str, output: str, overrides: Sequence[str] = (), *, overwrite: boo
         removed unless `overwrite`.
     """
     recipe, folder = config.load(Recipe, path, overrides), epath.Path(output)
-    methods = [method_of(s) for s in recipe.stages]          # every option is checked before any work
+    methods = [method_of(s) for s in recipe.stages]          # all that can be checked is checked before any work
+    _claim(folder, "recipe.yaml")
+    if not recipe.data.train:
+        raise ConfigError(f"{path}: data.train must be set.")
+    for data in filter(None, (recipe.data.train, recipe.data.validation, recipe.data.test)):
+        load_rows(data)
+    for stage in recipe.stages:
+        M.make(stage.train.mesh if stage.train else "data=-1")
     teacher, task = hub.load(recipe.teacher), CTCTask.from_pretrained(hub.folder(recipe.teacher))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(config.dump(recipe))
+    if not (folder / "recipe.yaml").exists():
+        (folder / "recipe.yaml").write_text(config.dump(recipe))
     work = _Work(recipe, folder, teacher, task, overwrite)
     model, stages = teacher, []
     for i, (stage, method) in enumerate(zip(recipe.stages, methods, strict=True), 1):
@@ -57,6 +63,7 @@ def run(path: str, output: str, overrides: Sequence[str] = (), *, overwrite: boo
     for stage, method in zip(recipe.stages, methods, strict=True):
         if recipe.control and stage.train and (same := method.control()) is not None:
             control, info = work.stage(f"control-{stage.name}", stage, same, control)
+    (folder / "recipe.yaml").write_text(config.dump(recipe))  # not before: what was there before may be refused
     return work.summary(path, model, stages, control if info else None, info)
 
 
@@ -76,17 +83,18 @@ class _Work:
         wanted = json.loads(json.dumps({
             "method": type(method).__name__.lower(), "options": config.to_dict(method),
             "train": stage.train and config.to_dict(stage.train), "data": self.recipe.data.train,
-            "seed": self.recipe.seed, "teacher": self.teacher.fingerprint, "parent": parent.fingerprint}))
+            "seed": self.recipe.seed, "teacher": self.teacher.fingerprint, "parent": parent.fingerprint,
+            "validation": self.recipe.data.validation if stage.train and stage.train.eval_steps else None}))
         if (target / "stage.json").exists():
             info = json.loads((target / "stage.json").read_text())
-            differs = [f"{k}: {info['config'].get(k)!r} then, {v!r} now" for k, v in _flat(wanted).items()
-                       if _flat(info["config"]).get(k) != v]
-            if not differs:
+            if self.same(target, info["config"], wanted):
                 log.info("%s: finished before.", name)
+                _remove(partial)
                 return hub.load(target), info
-            if not self.overwrite:
-                raise ConfigError(f"{target} was made with another config ({'; '.join(differs[:4])}). Choose another "
-                                  "--output, or --overwrite to run it again.")
+        kept = partial / "checkpoints"
+        saved = kept.exists() and (partial / "stage.json").exists() and any(p.name.isdigit() for p in kept.iterdir())
+        if saved and not self.same(partial, json.loads((partial / "stage.json").read_text()), wanted) or not saved:
+            _remove(partial)  # nothing in it, or checkpoints of another config or parent
         log.info("%s: %s", name, method)
         started, trained = time.monotonic(), 0
         mesh = M.make(stage.train.mesh if stage.train else "data=-1")
@@ -95,6 +103,8 @@ class _Work:
         student = method.start(parent, batches, jax.random.key(self.recipe.seed))
         if stage.train:
             trained = sum(student.params[k].size for k in groups(method, student.params, cfg))
+            partial.mkdir(parents=True, exist_ok=True)
+            _write_json(partial / "stage.json", wanted)
             student = loop.run(method, student, self.teacher, cfg, batches, partial, mesh=mesh, name=name,
                                validate=validation(self.recipe.data.validation, self.task))
         student = method.finish(student, batches)
@@ -106,13 +116,23 @@ class _Work:
             if target.exists():
                 target.rmtree()
             hub.save(student, target, source=self.recipe.teacher)
-            for left in ("metrics.jsonl", "tensorboard"):
+            for left in ("metrics.jsonl", "tensorboard"):  # copied: killed here, the next run finds them again
                 if (partial / left).exists():
-                    shutil.move(os.fspath(partial / left), os.fspath(target / left))
+                    _copy(partial / left, target / left)
             _write_json(target / "stage.json", info)
-            if partial.exists():
-                partial.rmtree()
+            _remove(partial)
         return student, info
+
+    def same(self, folder: epath.Path, then: dict, now: dict) -> bool:
+        """Whether `folder` was made with this config. Raises ConfigError if not, unless it may be overwritten."""
+        free = loop.FREE  # how a stage was logged and saved does not change what it is
+        plain = lambda tree: {**tree, "train": tree.get("train") and {  # noqa: E731
+            k: v for k, v in tree["train"].items() if k not in free or k == "eval_steps"}}
+        differs = config.differences(plain(then), plain(now))
+        if differs and not self.overwrite:
+            raise ConfigError(f"{folder} was made with another config ({'; '.join(differs[:4])}). Choose another "
+                              "--output, or --overwrite to run it again.")
+        return not differs
 
     def validate(self, model: Slim) -> dict[str, float]:
         check = validation(self.recipe.data.validation, self.task)
@@ -127,7 +147,8 @@ class _Work:
             old = json.loads((self.folder / "summary.json").read_text())
         except (OSError, ValueError):
             old = {}
-        models = {"teacher": (self.teacher, self.recipe.teacher, 0), "student": (student, "final", stages[-1]["trained_params"])}
+        models = {"teacher": (self.teacher, self.recipe.teacher, 0),
+                  "student": (student, "final", stages[-1]["trained_params"])}
         if control is not None:
             models["control"] = (control, info["path"], info["trained_params"])
         result: dict[str, Any] = {"version": 1, "recipe": os.path.basename(path)}
@@ -149,7 +170,8 @@ class _Work:
         if control is not None and self.recipe.data.test:
             result["student_minus_control"] = self.paired()
         if self.recipe.bench_seconds:
-            rows = old.get("speed_of") == [student.fingerprint, list(self.recipe.bench_seconds)] and json.loads(
+            before = old.get("speed_of") == [student.fingerprint, list(self.recipe.bench_seconds)]
+            rows = before and (self.folder / "speed.json").exists() and json.loads(
                 (self.folder / "speed.json").read_text())
             if not rows:
                 log.info("Measuring speed and memory at %s s.", ", ".join(f"{s:g}" for s in self.recipe.bench_seconds))
@@ -198,14 +220,40 @@ def demo(output: str) -> int:
     if (d := summary.get("student_minus_control")) is not None:
         console.print(f"WER of the student less the control's: {100 * d['wer']:+.1f} points "
                       f"(90 % interval {100 * d['low']:+.1f} to {100 * d['high']:+.1f}).")
-    console.print(f"{time.monotonic() - started:.0f} s. Page: {output}/report.html   Model: {output}/final", soft_wrap=True)
+    console.print(f"{time.monotonic() - started:.0f} s. Page: {output}/report.html   Model: {output}/final",
+                  soft_wrap=True)
     return 0
 
 
-def _flat(tree: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {name: tree}
-    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{name}.{key}" if name else key).items()}
+def _claim(folder: epath.Path, marker: str) -> None:
+    """Makes a run folder. Raises ConfigError if it cannot be written or holds what is not of a run (`marker`)."""
+    if jax.process_index() != 0:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".write").write_text("")
+        (folder / ".write").unlink()
+        others = [p.name for p in folder.iterdir() if not p.name.startswith(".") and p.suffix not in (".log", ".txt")]
+    except OSError as error:
+        raise ConfigError(f"Cannot write the output folder {folder}: {error.strerror or error}. Choose a folder you "
+                          "may write to.") from error
+    if others and not (folder / marker).exists():
+        raise ConfigError(f"The output folder {folder} holds files that are not of a run ({', '.join(others[:3])}); "
+                          "choose another or empty it.")
+
+
+def _remove(folder: epath.Path) -> None:
+    if jax.process_index() == 0 and folder.exists():
+        folder.rmtree()
+
+
+def _copy(source: epath.Path, target: epath.Path) -> None:
+    if source.is_dir():
+        target.mkdir(exist_ok=True)
+        for inner in source.iterdir():
+            _copy(inner, target / inner.name)
+    else:
+        source.copy(target, overwrite=True)
 
 
 def _write_json(path: epath.Path, value: Any) -> None:
@@ -229,7 +277,8 @@ def training_batches(data: str, task: CTCTask, cfg: Train, mesh) -> Batches:
     if cfg.per_device_batch_seconds:
         size = {"batch_seconds": cfg.per_device_batch_seconds * M.shards(mesh) * cfg.gradient_accumulation_steps}
     batches = Batches(load_rows(data), task, **size, multiple_of=M.shards(mesh) * cfg.gradient_accumulation_steps,
-                      seed=cfg.seed, max_seconds=cfg.max_seconds, min_seconds=cfg.min_seconds, buckets=cfg.buckets or None,
+                      seed=cfg.seed, max_seconds=cfg.max_seconds, min_seconds=cfg.min_seconds,
+                      buckets=cfg.buckets or None,
                       augment=speed_perturb(cfg.speed_perturb) if cfg.speed_perturb else None,
                       host=jax.process_index(), hosts=jax.process_count())
     log.info(batches.summary)
@@ -242,14 +291,15 @@ def train(path: str, overrides: Sequence[str] = ()) -> Slim:
     if not (cfg.model and cfg.data.train and cfg.output_dir):
         raise ConfigError(f"{path}: model, data.train and output_dir must be set.")
     folder = epath.Path(cfg.output_dir)
+    _claim(folder, "config.yaml")
     model, task = hub.load(cfg.model), CTCTask.from_pretrained(hub.folder(cfg.model))
     method = config.build(METHODS["train"], cfg.options, f"{path}: options")
     mesh = M.make(cfg.mesh)
     batches = training_batches(cfg.data.train, task, cfg, mesh)
-    folder.mkdir(parents=True, exist_ok=True)
+    validate = validation(cfg.data.validation, task)
     (folder / "config.yaml").write_text(config.dump(cfg))
     trained = loop.run(method, model, None, cfg, batches, folder, mesh=mesh, name=folder.name,
-                       validate=validation(cfg.data.validation, task))
+                       validate=validate)
     hub.save(trained, folder / "final", source=cfg.model)
     log.info("Saved %s.", folder / "final")
     return trained

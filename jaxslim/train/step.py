@@ -59,13 +59,15 @@ def groups(method: Method, params: Mapping[str, Array], cfg: Train) -> dict[str,
     labels = {k: g for k, g in labels.items() if g != "frozen"}
     unknown = sorted(set(labels.values()) - set(cfg.groups))
     if unknown:
-        raise ConfigMismatch(f"train.groups has no {unknown}; {type(method).__name__} trains {sorted(set(labels.values()))}.")
+        wanted = sorted(set(labels.values()))
+        raise ConfigMismatch(f"train.groups has no {unknown}; {type(method).__name__} trains {wanted}.")
     if not labels:
         raise ConfigMismatch(f"{type(method).__name__}: every parameter is frozen; there is nothing to train.")
     return labels
 
 
-def init(method: Method, student: Slim, cfg: Train, mesh) -> tuple[State, dict[str, Array], optax.GradientTransformation]:
+def init(method: Method, student: Slim, cfg: Train,
+         mesh) -> tuple[State, dict[str, Array], optax.GradientTransformation]:
     """State on the mesh, the frozen parameters on the mesh, and the optimiser.
 
     The trained arrays are copied, because student and teacher share arrays and the step donates its state.

@@ -115,8 +115,9 @@ def load(name: str | os.PathLike, *, revision: str | None = None, dtype: Any = N
     dtype = jnp.dtype(dtype or jnp.float32)
     params = {}
     for k in list(weights):  # in the order of the files, each closed after its last array
-        array = _cast(np.asarray(weights.pop(k)), want[k].dtype, dtype)
-        params[k] = jnp.asarray(array) if mesh is None else jax.block_until_ready(meshes.place({k: array}, mesh)[k])
+        kept = dtype if jnp.issubdtype(want[k].dtype, jnp.floating) else want[k].dtype  # torch: counters are int64
+        array = np.asarray(weights.pop(k), kept)
+        params[k] = jax.device_put(array) if mesh is None else jax.block_until_ready(meshes.place({k: array}, mesh)[k])
     return Slim(spec, {k: params[k] for k in want})
 
 
@@ -408,11 +409,6 @@ def _untwin(weights: dict[str, np.ndarray], name: str, home: str, want: Mapping[
     if twin.shape != weights[name].shape or not np.array_equal(twin, weights[name]):
         raise HubError(f"{name} and {home} differ, but config.json ties them; set tie_word_embeddings to false there.")
     return {k: v for k, v in weights.items() if k != name} | {home: twin}
-
-
-def _cast(array: np.ndarray, wanted: Any, dtype: Any) -> np.ndarray:
-    """Floats to `dtype`; counters (torch: int64) and packed integers to what the model declares."""
-    return array.astype(dtype if jnp.issubdtype(wanted, jnp.floating) else wanted, copy=False)
 
 
 def _check_vocabulary(path: pathlib.Path, spec: Spec) -> None:

@@ -11,16 +11,23 @@ from __future__ import annotations
 
 import errno
 import json
+import math
+import mmap
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401  (gives numpy, and with it safetensors, bfloat16)
+import ml_dtypes
 import numpy as np
 import safetensors
 
 from jaxslim import pickle_reader
+
+ALIGNMENT = 64
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64,
+          "I32": np.int32, "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16,
+          "U8": np.uint8, "BOOL": np.bool_, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 
 
 class HubError(ValueError):
@@ -28,14 +35,21 @@ class HubError(ValueError):
 
 
 class Stored:
-    """An array that is still in its file."""
+    """An array that is still in its file: a view of the mapped file, copied (the file may change later) when asked for.
 
-    def __init__(self, shape: Iterable[int], read: Callable[[], np.ndarray]):
-        self.shape, self.read = tuple(shape), read
+    The copy is of the wanted dtype and aligned as XLA wants it, so that JAX on CPU takes it without another one.
+    """
+
+    def __init__(self, view: np.ndarray):
+        self.view, self.shape = view, view.shape
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        array = self.read()
-        return array if dtype is None else array.astype(dtype, copy=False)
+        dtype = self.view.dtype if dtype is None else np.dtype(dtype)
+        memory = np.empty(self.view.size * dtype.itemsize + ALIGNMENT, np.uint8)
+        start = -memory.ctypes.data % ALIGNMENT
+        array = memory[start : start + self.view.size * dtype.itemsize].view(dtype).reshape(self.shape)
+        np.copyto(array, self.view, casting="unsafe")
+        return array
 
 
 def read(path: pathlib.Path, name: str) -> dict[str, Any]:
@@ -85,8 +99,16 @@ def _safetensors(path: pathlib.Path) -> dict[str, Stored]:
     try:
         with path.open("rb") as file:
             refuse_pointer(file.read(64), path)
-        file = safetensors.safe_open(path, framework="np")
-        return {k: Stored(file.get_slice(k).get_shape(), lambda k=k: file.get_tensor(k)) for k in file.keys()}
+        safetensors.safe_open(path, framework="np")  # the checks of header, names and bounds
+        with path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        start = 8 + int.from_bytes(data[:8], "little")
+        header = {k: v for k, v in json.loads(data[8:start]).items() if k != "__metadata__"}
+        if odd := [k for k, v in header.items() if v["dtype"] not in DTYPES]:
+            raise HubError(f"{path}: {odd[0]} is stored as {header[odd[0]]['dtype']}, which is not supported.")
+        return {k: Stored(np.ndarray(v["shape"], DTYPES[v["dtype"]], data, start + v["data_offsets"][0])
+                          if math.prod(v["shape"]) else np.zeros(v["shape"], DTYPES[v["dtype"]]))
+                for k, v in header.items()}
     except safetensors.SafetensorError as error:
         raise HubError(f"{path} ({path.stat().st_size} bytes) is truncated or not a safetensors file ({error}); "
                        "copy or download it again.") from error
@@ -103,7 +125,7 @@ def _bin(path: pathlib.Path) -> dict[str, Stored]:
         raise HubError(str(error)) from error
     except OSError as error:
         raise HubError(f"Cannot read {path}: {reason(error)}.") from error
-    return {k: Stored(v.shape, v.copy) for k, v in views.items()}  # a copy: the file may change later
+    return {k: Stored(v) for k, v in views.items()}
 
 
 def _msgpack(path: pathlib.Path) -> dict[str, np.ndarray]:

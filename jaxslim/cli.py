@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import time
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,10 +84,14 @@ def _print(args, value, text) -> None:
 # ---- commands ----
 
 
-def _demo(args) -> int:
-    from jaxslim import recipe
+def _demo(args) -> None:
+    from jaxslim import recipe, report
 
-    return recipe.demo(args.output)
+    started = time.monotonic()
+    summary = recipe.demo(args.output)
+    _print(args, summary, report.console(summary))
+    if not args.json:
+        print(f"{time.monotonic() - started:.0f} s. Page: {args.output}/report.html   Model: {args.output}/final")
 
 
 def _info(args) -> None:
@@ -186,7 +191,7 @@ def parser() -> argparse.ArgumentParser:
         return p
 
     p = command("demo", _demo, "slim the bundled teacher on bundled speech: convert, recover, evaluate, report")
-    p.add_argument("--output", default="demo-run", help="run folder (default demo-run)")
+    p.add_argument("--output", default="runs/demo", help="run folder (default runs/demo)")
     p = command("info", _info, "versions, devices and flags; with MODEL its parameters, MACs and layers")
     p.add_argument("model", nargs="?", help="bundled:NAME, a folder, or a hub id")
     p.add_argument("--seconds", type=float, default=10.0, help="audio length for MACs (default 10)")

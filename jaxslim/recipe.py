@@ -22,7 +22,7 @@ from jaxslim import config, cost, hub
 from jaxslim.config import ConfigError, Recipe, Stage, Train
 from jaxslim.data import Batches, CTCTask, load_rows
 from jaxslim.data.audio import speed_perturb
-from jaxslim.evaluate import evaluate
+from jaxslim.evaluate import evaluate, frame_agreement
 from jaxslim.methods import METHODS
 from jaxslim.score import paired_bootstrap
 from jaxslim.slim import Method, Slim
@@ -142,6 +142,7 @@ class _Work:
     def summary(self, path: str, student: Slim, stages: list[dict], control: Slim | None, info) -> dict[str, Any]:
         """Scores, sizes and speed of teacher, control and student; what an earlier run measured is kept."""
         from jaxslim import report, speed
+        from jaxslim.info import environment
 
         try:
             old = json.loads((self.folder / "summary.json").read_text())
@@ -165,6 +166,9 @@ class _Work:
                 scores = evaluate(model, self.recipe.data.test, task=self.task,
                                   predictions=self.folder / f"predictions-{role}.jsonl")
                 entry |= {k: v for k, v in scores.items() if isinstance(v, int | float | str)}
+                if model is not self.teacher:
+                    entry["frame_agreement"] = frame_agreement(model, self.teacher, self.recipe.data.test,
+                                                               task=self.task)
             result[role] = entry
         result["stages"] = [{k: s[k] for k in ("name", "path", "seconds")} for s in stages]
         if control is not None and self.recipe.data.test:
@@ -184,6 +188,9 @@ class _Work:
             for row in rows:
                 if row.get("audio_seconds") == 10 and "error" not in row:
                     result[row["role"]] |= {k: row[k] for k in ("seconds_per_second", "peak_bytes") if k in row}
+        here = environment()
+        result["environment"] = {"device": ", ".join(here["devices"]), "platform": here["platform"],
+                                 "cpus": here["cpus"], "versions": here["versions"]}
         _write_json(self.folder / "summary.json", result)
         if self.recipe.data.test:
             report.save_clips(self.folder, self.recipe.data.test)
@@ -206,23 +213,9 @@ class _Work:
         return name if name.startswith("bundled:") else os.fspath(hub.folder(name))
 
 
-def demo(output: str) -> int:
-    """`jaxslim demo`: the bundled recipe on bundled model and speech."""
-    from rich.console import Console
-
-    from jaxslim import report
-
-    started = time.monotonic()
-    recipe = epath.resource_path("jaxslim") / "assets" / "demo.yaml"
-    summary = run(os.fspath(recipe), output)
-    console = Console(width=None)
-    console.print(report.console(summary))
-    if (d := summary.get("student_minus_control")) is not None:
-        console.print(f"WER of the student less the control's: {100 * d['wer']:+.1f} points "
-                      f"(90 % interval {100 * d['low']:+.1f} to {100 * d['high']:+.1f}).")
-    console.print(f"{time.monotonic() - started:.0f} s. Page: {output}/report.html   Model: {output}/final",
-                  soft_wrap=True)
-    return 0
+def demo(output: str) -> dict[str, Any]:
+    """`jaxslim demo`: the bundled recipe on bundled model and speech. Returns its summary."""
+    return run(os.fspath(epath.resource_path("jaxslim") / "assets" / "demo.yaml"), output)
 
 
 def _claim(folder: epath.Path, marker: str) -> None:

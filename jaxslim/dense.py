@@ -123,6 +123,9 @@ def _merge(params: dict, name: str, role: str, fields) -> None:
 
 def _attention(spec: Spec, block: str, params: dict, want) -> None:
     a, names, fields = spec.attention(block), roles(spec, block), spec.blocks[block]
+    if not a.heads:  # what no head reads may be anything
+        params |= {k: np.zeros(x.shape, np.float32) for k, x in want.items()
+                   if k.startswith(names["owner"] + ".") and k not in params}
     plain = spec.replace(blocks={}).attention(block)
     total, dim, heads = len(plain.heads), plain.qk_dim, list(a.heads)
     for role in "qkvo":
@@ -132,7 +135,6 @@ def _attention(spec: Spec, block: str, params: dict, want) -> None:
             if key not in want or role == "o" and key.endswith("bias"):
                 continue
             if not heads:
-                params[key] = np.zeros(want[key].shape, np.float32)
                 continue
             x = np.moveaxis(params[key], -1, 0) if role == "o" else params[key]            # (H size, ...)
             full = np.zeros((total, dim, *x.shape[1:]), np.result_type(x, np.float32))

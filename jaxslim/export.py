@@ -141,7 +141,7 @@ def _theirs(path: pathlib.Path, spec: Spec, inputs) -> np.ndarray:
     from transformers.utils import logging
 
     architecture = hub._architecture(spec.family, spec.head)
-    name = torch_code.AUTO[torch_code.split(architecture)[1]][0] if spec.blocks else architecture
+    name = torch_code.auto_class(spec, architecture) if spec.blocks else architecture
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

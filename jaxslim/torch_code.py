@@ -23,30 +23,40 @@ FILES = ("configuration_jaxslim.py", "modeling_jaxslim.py")
 STOCK = "jaxslim_stock"
 GUARDED = ("hidden_act", "activation_function", "activation")   # the first that a config has is replaced
 GUARD = "jaxslim: open this folder with AutoModel... and trust_remote_code=True"
-PLAIN = {"wav2vec2", "hubert"}   # families whose attention the template's can stand in for: no positions in it
+# Families whose attention the template's can stand in for -> the class it replaces (of Whisper, the encoder's).
+ATTENTION = {"wav2vec2": "Wav2Vec2Attention", "hubert": "HubertAttention", "wavlm": "WavLMAttention",
+             "bert": "BertSelfAttention", "roberta": "RobertaSelfAttention", "distilbert": "DistilBertSelfAttention",
+             "whisper": "WhisperAttention"}
 SHAPES = {"mixer", "options", "heads", "qk_dim", "v_dim", "scale"}  # fields that need the template's attention
+ANY = SHAPES | {"lora", "q_rank", "k_rank", "v_rank", "o_rank"}     # WavLM's reads the weights of its linears itself
+WRITTEN = {"frontend": {"channels"}, "ffn": {"units", "up_rank", "down_rank", "lora"}, "attention": ANY}
+MIXERS = ("softmax", "hedgehog")
 ROLES = ("owner", "q", "k", "v", "o", "up", "down")
-# Ending of an architecture -> Auto classes that open it (first that of the speech families).
-AUTO = {"Model": ("AutoModel",), "ForCTC": ("AutoModelForCTC",),
-        "ForSequenceClassification": ("AutoModelForAudioClassification", "AutoModelForSequenceClassification"),
-        "ForAudioFrameClassification": ("AutoModelForAudioFrameClassification",),
-        "ForXVector": ("AutoModelForAudioXVector",),
-        "ForConditionalGeneration": ("AutoModelForSpeechSeq2Seq",)}
+TEXT = ("bert", "roberta", "distilbert")
+# Ending of an architecture -> the Auto class that opens it.
+AUTO = {"Model": "AutoModel", "ForCTC": "AutoModelForCTC",
+        "ForSequenceClassification": "AutoModelForAudioClassification",  # of TEXT: AutoModelForSequenceClassification
+        "ForAudioFrameClassification": "AutoModelForAudioFrameClassification", "ForXVector": "AutoModelForAudioXVector",
+        "ForConditionalGeneration": "AutoModelForSpeechSeq2Seq"}
 
 
 def unsupported(spec: Spec) -> str | None:
     """Why the template cannot build this model, in a sentence; None when it can."""
     speech = FAMILIES[spec.family].frontend.startswith("feature_extractor.conv_layers")
+    if spec.family.startswith("parakeet"):
+        return f"{spec.family} has changed blocks, and for Parakeet no PyTorch code is written in this release."
     for block, fields in spec.blocks.items():
-        what, known = kind(block), spec.family in PLAIN
-        if what == "frontend" and speech:
-            continue
-        if what.startswith("ffn") or known and what == "attention":
-            continue
-        if what in ("attention", "cross") and spec.family != "wavlm" and not fields.keys() & SHAPES:
-            continue  # linears are replaced where they stand; WavLM's attention reads their weights itself
-        return (f"Block {block} of {spec.family} has {', '.join(sorted(fields))}, for which no PyTorch code is written "
-                "in this release.")
+        what = {"ffn1": "ffn", "ffn2": "ffn", "cross": "attention"}.get(kind(block), kind(block))
+        lacking = fields.keys() - WRITTEN.get(what, set())
+        if what == "attention" and not (spec.family in ATTENTION and block.startswith("encoder.")):
+            lacking |= fields.keys() & SHAPES  # elsewhere linears are replaced where they stand, and no more
+        if what == "frontend" and not speech:
+            lacking |= fields.keys()
+        if fields.get("mixer", "softmax") not in MIXERS or fields.get("options", {}).get("window"):
+            lacking |= {"mixer", "options"} & fields.keys()
+        if lacking:
+            return (f"Block {block} of {spec.family} has {', '.join(sorted(lacking))}, for which no PyTorch code is "
+                    "written in this release.")
     return None
 
 
@@ -58,12 +68,17 @@ def files(spec: Spec, architecture: str) -> dict[str, str]:
     folder = importlib.resources.files("jaxslim") / "assets" / "hf_template"
     configuration, modeling = ((folder / name).read_text(encoding="utf-8") for name in FILES)
     wanted = {"frontend" for b in spec.blocks if kind(b) == "frontend"}
-    wanted |= {"attention" for b, fields in spec.blocks.items() if kind(b) == "attention" and fields.keys() & SHAPES}
+    needs = ANY if spec.family == "wavlm" else SHAPES
+    if any(kind(b) == "attention" and fields.keys() & needs for b, fields in spec.blocks.items()):
+        wanted |= {"attention", "gated" if spec.family == "wavlm" else "plain"}
+        modeling = modeling.replace("Wav2Vec2Attention", ATTENTION[spec.family])
     modeling = _keep(modeling, wanted)
     parts = {part: {r: names[r] for r in ROLES if r in names} for part, names in family.parts.items()}
-    modeling = re.sub(r"^LAYERS = .*?(?=  #)", lambda _: f"LAYERS = {_dict(family.layer)}", modeling, flags=re.MULTILINE)
-    modeling = re.sub(r"(?<=its name in the layer\n).*?(?=^\}\n)", lambda _: "".join(
-        f'    "{part}": {_dict(names)},\n' for part, names in parts.items()), modeling, flags=re.MULTILINE | re.DOTALL)
+    shapes, layers = ", ".join(f'"{field}"' for field in sorted(needs)), _dict(family.layer)
+    table = "".join(f'    "{part}": {_dict(names)},\n' for part, names in parts.items())
+    for pattern, text in ((r"(?<=^SHAPES = \{).*?(?=\})", shapes), (r"(?<=^LAYERS = ).*?(?=  #)", layers),
+                          (r"(?<=its name in the layer\n).*?(?=^\}\n)", table)):
+        modeling = re.sub(pattern, lambda _, text=text: text, modeling, flags=re.MULTILINE | re.DOTALL)
     modeling = _rename(modeling, spec.family, prefix).rstrip() + "\n"
     for name in dict.fromkeys((f"{prefix}Model", architecture)):
         modeling += (f"\n\nclass {name}(stock.{name}):\n    config_class = JaxslimConfig\n\n"
@@ -82,11 +97,16 @@ def config(spec: Spec, architecture: str, values: Mapping[str, Any]) -> dict[str
     values |= {"jaxslim": spec.to_json(), STOCK: stock, "model_type": f"jaxslim-{spec.family}", act: GUARD}
     if unsupported(spec):  # no code: then nothing but jaxslim opens it
         return values
-    prefix, ending = split(architecture)
     values["auto_map"] = {"AutoConfig": "configuration_jaxslim.JaxslimConfig",
-                          "AutoModel": f"modeling_jaxslim.{prefix}Model",
-                          **{auto: f"modeling_jaxslim.{architecture}" for auto in AUTO.get(ending, ())}}
+                          "AutoModel": f"modeling_jaxslim.{split(architecture)[0]}Model",
+                          auto_class(spec, architecture): f"modeling_jaxslim.{architecture}"}
     return values
+
+
+def auto_class(spec: Spec, architecture: str) -> str:
+    """Name of the Auto class that opens the architecture."""
+    name = AUTO[split(architecture)[1]]
+    return name.replace("Audio", "Sequence") if spec.family in TEXT else name
 
 
 def restore(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ PARTS = {  # part of a layer -> role -> its name in the layer
                   "o": "attention.out_proj"},
     "ffn": {"owner": "feed_forward", "up": "feed_forward.intermediate_dense", "down": "feed_forward.output_dense"},
 }
+SHAPES = {"heads", "mixer", "options", "qk_dim", "scale", "v_dim"}  # part: attention
 
 
 def slim(model):
@@ -27,9 +28,10 @@ def slim(model):
         side, number, *part = block.split(".")
         if part:
             layer, names = base.get_submodule(LAYERS[side].format(number)), PARTS[part[0]]
-            if fields.keys() & {"mixer", "options", "heads", "qk_dim", "v_dim", "scale"}:      # part: attention
-                replace(layer, names["owner"], Attention(model.config, layer, names, fields))  # part: attention
-                continue                                                                       # part: attention
+            if "q" in names and fields.keys() & SHAPES:                                          # part: attention
+                old = layer.get_submodule(names["owner"])                                       # part: attention
+                replace(layer, names["owner"], Attention(model.config, old, names, fields))     # part: attention
+                continue                                                                        # part: attention
             slim_linears(layer, names, fields)
     slim_frontend(model.config, base, blocks)  # part: frontend
 
@@ -107,45 +109,76 @@ class Nothing(nn.Module):
 class Attention(Wav2Vec2Attention):
     """Attention with heads, head sizes or a mixer other than the stock one's; called and named like it."""
 
-    def __init__(self, config, layer, names, fields):
+    def __init__(self, config, old, names, fields):
         nn.Module.__init__(self)
         total, width = config.num_attention_heads, config.hidden_size
-        self.config, self.dropout, self.heads = config, config.attention_dropout, len(fields.get("heads", range(total)))
-        qk, v = fields.get("qk_dim", width // total), fields.get("v_dim", width // total)
+        rates = (getattr(config, key, None) for key in ("attention_dropout", "attention_probs_dropout_prob"))
+        self.config, self.dropout = config, next(rate for rate in rates if rate is not None)
+        self.kept = list(fields.get("heads", range(total)))
         self.mixer, self.scale = fields.get("mixer", "softmax"), fields.get("scale", (width // total) ** -0.5)
         self.names = {role: names[role].removeprefix(names["owner"] + ".") for role in "qkvo"}
-        if not self.heads:
-            setattr(self, self.names["o"], Bias(width))
-            return
-        qk, v = self.heads * qk, self.heads * v
+        for group in {name.partition(".")[0] for name in self.names.values() if "." in name}:  # BERT's self, output
+            setattr(self, group, getattr(old, group))
+        self.keep_positions(old)  # part: gated
+        heads, size = len(self.kept), fields.get("qk_dim", width // total)
+        qk, v = heads * size, heads * fields.get("v_dim", width // total)
         for role, din, dout in (("q", width, qk), ("k", width, qk), ("v", width, v), ("o", v, width)):
-            bias = layer.get_submodule(names[role]).bias is not None
-            setattr(self, self.names[role], linear(din, dout, bias, role, fields))
-        if self.mixer == "hedgehog":
+            bias = old.get_submodule(self.names[role]).bias is not None
+            new = Bias(dout) if din == 0 else Nothing() if dout == 0 else linear(din, dout, bias, role, fields)
+            replace(self, self.names[role], new)
+        if self.mixer == "hedgehog" and self.kept:
             features = fields.get("options", {}).get("features", 64)
-            self.feature_q = Features(self.heads, features, qk // self.heads)
-            self.feature_k = Features(self.heads, features, qk // self.heads)
+            self.feature_q, self.feature_k = Features(heads, features, size), Features(heads, features, size)
 
-    def forward(self, hidden_states, key_value_states=None, attention_mask=None, output_attentions=False, **kwargs):
-        out = getattr(self, self.names["o"])
-        if not self.heads:
-            return out(hidden_states), None
-        q, k, v = (getattr(self, self.names[r])(hidden_states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for r in "qkv")                                                       # (B, H, T, K)
-        mask, weights = key_mask(attention_mask), None                                   # (B, T)
+    def forward(self, hidden_states, attention_mask=None, position_bias=None, **kwargs):
+        y, weights, bias = hidden_states[..., :0], None, None
+        bias, position_bias = self.positions(hidden_states, position_bias)  # part: gated
+        if self.kept:
+            q, k, v = (self.get_submodule(self.names[role])(hidden_states).unflatten(-1, (len(self.kept), -1))
+                       .transpose(1, 2) for role in "qkv")                               # (B, H, T, K)
+            y, weights = self.mix(q, k, v, key_mask(attention_mask), bias)
+            y = y.transpose(1, 2).flatten(2)                                             # (B, T, H K)
+        name, _, inner = self.names["o"].partition(".")
+        out = getattr(self, name)
+        y = out(y, hidden_states) if inner else out(y)                  # BERT's `output` adds the residual itself
+        return y, weights, position_bias  # part: gated
+        return y, weights                 # part: plain
+
+    def mix(self, q, k, v, mask, bias):
+        """q, k, v (B, H, T, K), mask (B, T) -> (B, H, T, K), and the attention map if there is one."""
         if self.mixer == "hedgehog":
-            y = linear_attention(self.feature_q(q), self.feature_k(k), v, mask)
-        elif self.mixer == "softmax":
-            scores = (q * self.scale) @ k.transpose(-1, -2)
-            if mask is not None:
-                scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
-            weights = scores.float().softmax(-1).to(v.dtype)
-            y = F.dropout(weights, self.dropout, self.training) @ v
-        else:
+            return linear_attention(self.feature_q(q), self.feature_k(k), v, mask), None
+        if self.mixer != "softmax":
             raise ValueError(f"config.json: unknown mixer {self.mixer!r}.")
-        return out(y.transpose(1, 2).flatten(2)), weights
+        scores = (q * self.scale) @ k.transpose(-1, -2)
+        scores = scores if bias is None else scores + bias
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
+        weights = scores.float().softmax(-1).to(v.dtype)
+        return F.dropout(weights, self.dropout, self.training) @ v, weights
+
+    # part: gated
+    def keep_positions(self, old):
+        """WavLM: the position bias of all layers in the first one, and each layer's gate, for the original heads."""
+        self.num_buckets, self.max_distance, self.num_heads = old.num_buckets, old.max_distance, old.num_heads
+        if hasattr(old, "rel_attn_embed"):
+            self.rel_attn_embed = old.rel_attn_embed
+        if self.kept and self.mixer == "softmax":
+            self.gru_rel_pos_const, self.gru_rel_pos_linear = old.gru_rel_pos_const, old.gru_rel_pos_linear
+
+    def positions(self, x, shared):
+        """What is added to the scores (B, H, T, T), and the bias for the layers after this one (B heads, T, T)."""
+        if shared is None:
+            shared = self.compute_bias(x.shape[1], x.shape[1]).repeat(x.shape[0], 1, 1)
+        if not self.kept or self.mixer != "softmax":
+            return None, shared
+        h = self.gru_rel_pos_linear(x.unflatten(-1, (self.num_heads, -1))[:, :, self.kept])          # (B, T, H, 8)
+        a, b = h.unflatten(-1, (2, 4)).sum(-1).sigmoid().unbind(-1)                                  # (B, T, H)
+        gate = a * (b * self.gru_rel_pos_const.flatten()[self.kept] - 1.0) + 2.0
+        return gate.transpose(1, 2)[..., None] * shared.unflatten(0, (-1, self.num_heads))[:, self.kept], shared
 
 
+# part: attention
 def key_mask(mask):
     """(B, T) bool, True = a valid frame, of the masks that stock encoders make; None = all are valid."""
     if mask is None:

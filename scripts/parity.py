@@ -31,6 +31,16 @@ MODELS = {  # the shapes of the published checkpoints; what is not named here is
     "wav2vec2-base": ("Wav2Vec2ForCTC", "Wav2Vec2Config", {}),
     "wav2vec2-large-lv60": ("Wav2Vec2ForCTC", "Wav2Vec2Config", LARGE),
     "hubert-large": ("HubertForCTC", "HubertConfig", LARGE),
+    "hubert-xlarge": ("HubertForCTC", "HubertConfig",
+                      dict(LARGE, hidden_size=1280, num_hidden_layers=48, intermediate_size=5120)),
+    "wavlm-base-plus": ("WavLMForCTC", "WavLMConfig", {}),
+    "wavlm-large": ("WavLMForCTC", "WavLMConfig", dict(LARGE, conv_bias=False)),
+    "wav2vec2-conformer-rel-pos-large": ("Wav2Vec2ConformerForCTC", "Wav2Vec2ConformerConfig", dict(
+        LARGE, position_embeddings_type="relative", hidden_act="swish", vocab_size=32)),
+    "wav2vec2-conformer-rope-large": ("Wav2Vec2ConformerForCTC", "Wav2Vec2ConformerConfig", dict(
+        LARGE, position_embeddings_type="rotary", hidden_act="swish", vocab_size=32)),
+    "w2v-bert-2.0": ("Wav2Vec2BertForCTC", "Wav2Vec2BertConfig", dict(vocab_size=32)),
+    "parakeet-ctc-0.6b": ("ParakeetForCTC", "ParakeetCTCConfig", {}),
 }
 
 

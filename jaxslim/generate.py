@@ -161,7 +161,7 @@ class _Run:
                     seek[i] += counts[i]
                     continue
                 new, step = _segments(piece, seek[i] * SECONDS / STRIDE, counts[i], self.rules.begin)
-                seek[i] += step
+                seek[i] += step or counts[i]  # a pair at 0.00 would never end (in transformers it does not)
                 self.segments[i] += new
                 self.said[i] += [s["tokens"] for s in new]
         texts = [np.concatenate([s["tokens"] for s in each] or [np.zeros(0, int)]).astype(np.int64)

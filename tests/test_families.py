@@ -214,6 +214,41 @@ def samples_of(family, samples):
     return samples // 20 if family in FEATURES else samples
 
 
+NOISY = dict(hidden_dropout=0.1, attention_dropout=0.1, activation_dropout=0.1, final_dropout=0.1, layerdrop=0.2,
+             feat_proj_dropout=0.1, mask_time_length=3, mask_feature_prob=0.1, mask_feature_length=3)
+
+
+@pytest.mark.parametrize("name", ["conformer", *(pytest.param(n, marks=pytest.mark.slow)
+                                                for n in ("wavlm", "bert", "parakeet"))])
+def test_training_is_finite(name):
+    family, head, changes, _ = CASES[name]
+    ours = tiny.slim(tiny.config(family, **{**HEADS, **changes, **NOISY}), head)
+    inputs = batch(family)
+
+    def loss(params, **options):
+        out = ours.replace(params=params)(**inputs, key=jax.random.key(0), **options)
+        return (out.logits.astype(np.float32) ** 2).mean()
+
+    plain, again = (jax.grad(functools.partial(loss, **options), allow_int=True)(ours.params)
+                    for options in ({}, {"remat": "full", "dtype": "bfloat16"}))
+    for k, g in plain.items():
+        if g.dtype == np.float32:
+            assert np.isfinite(g).all() and np.isfinite(again[k]).all(), k
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_every_large_matrix_has_a_sharding_rule(name):
+    import re
+
+    from jaxslim.train import mesh
+
+    family, head, *_ = CASES[name]
+    shapes = bind.shapes(tiny.slim(config(name), head).spec)
+    small = r"original0$|depthwise_conv|gru_rel_pos|rel_attn_embed|distance_embedding|objective"  # stay whole
+    without = [k for k, v in shapes.items() if len(v.shape) > 1 and not any(re.search(p, k) for p, _ in mesh.RULES)]
+    assert [k for k in without if not re.search(small, k)] == []
+
+
 @pytest.mark.parametrize("ending", ["safetensors", "bin"])
 def test_mms_switches_its_language(ending, tmp_path):
     """As `load_adapter` of transformers: the language's adapters and output layer, its size, and the tokenizer's."""

@@ -73,7 +73,7 @@ class Convolution(nnx.Module):
         bias = spec["convolution_bias"] if "parakeet" in spec.family else False
         self.kernel, self.act, self.masked = spec[style.kernel], L.activation(spec["hidden_act"]), style.masked
         self.padding = (self.kernel - 1, 0) if style.causal else ((self.kernel - 1) // 2,) * 2
-        self.inner, self.rate = names["inner"].removeprefix(own), spec.get("conformer_conv_dropout", 0.0)
+        self.inner = names["inner"].removeprefix(own)
         self.normed = names["norm"].startswith(own)
         if self.normed:
             self.layer_norm = norm(spec)
@@ -87,7 +87,7 @@ class Convolution(nnx.Module):
         h = adapters.glu(self.pointwise_conv1.pointwise(x))
         h = L.zero_padding(h, mask) if self.masked == "after" else h
         h = self.act(getattr(self, self.inner)(self.depthwise_conv(h, self.padding, call)))
-        return L.dropout(self.pointwise_conv2.pointwise(h), self.rate, call, 0)
+        return self.pointwise_conv2.pointwise(h)
 
 
 class Depthwise(nnx.Module):
@@ -122,7 +122,8 @@ class Layer(nnx.Module):
         for name in filter(None, (*self.norms, self.last)):
             setattr(self, name, norm(spec))
         # dropout behind attention: transformers uses the rate of the attention weights (Parakeet: none)
-        self.rates = (spec.get("hidden_dropout", 0.0), 0.0 if "parakeet" in spec.family else spec["attention_dropout"])
+        self.rates = (spec.get("hidden_dropout", 0.0), 0.0 if "parakeet" in spec.family else spec["attention_dropout"],
+                      spec.get("conformer_conv_dropout", 0.0))
 
     def __call__(self, x, mask, call: L.Call, shared=None):              # (B, T, D) -> (B, T, D), taps
         call, before, taps = call.fold(self.index), x, {}
@@ -136,7 +137,7 @@ class Layer(nnx.Module):
 
         x = x + 0.5 * L.dropout(sublayer(0, "ffn1", x, call.fold(10)), self.rates[0], call, 11)
         x = x + L.dropout(sublayer(1, "attention", x, mask, call.fold(2), shared), self.rates[1], call, 3)
-        x = x + sublayer(2, "conv", x, mask, call.fold(12))
+        x = x + L.dropout(sublayer(2, "conv", x, mask, call.fold(12)), self.rates[2], call, 12)
         x = x + 0.5 * L.dropout(sublayer(3, "ffn2", x, call.fold(13)), self.rates[0], call, 14)
         x = getattr(self, self.last)(x)
         if call.key is not None and self.drop:

@@ -30,6 +30,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"pos_bias_[uv]$|self_attn\.bias_[uv]$", P("tensor")),                   # (H, K)
     (r"pointwise_conv[12]\.weight$|adapter\.layers\.\d+\..*conv\.weight$", P("fsdp")),
     (r"projector\.weight$|classifier\.weight$|tdnn\.\d+\.kernel\.weight$|ctc_head\.weight$", P(None, "fsdp")),
+    (r"^feature_extractor\.weight$|adapter\.proj\.weight$|subsampling\.linear\.weight$", P(None, "fsdp")),
+    (r"subsampling\.layers\.\d+\.weight$", P("fsdp")),
     (r"(self\.(query|key|value)|[qkv]_lin|intermediate\.dense|lin1)(\.up)?\.weight$", P("tensor", "fsdp")),
     (r"(self\.(query|key|value)|[qkv]_lin|intermediate\.dense|lin1)\.bias$", P("tensor")),
     (r"(output\.dense|out_lin|lin2)(\.down)?\.weight$", P("fsdp", "tensor")),

@@ -24,6 +24,11 @@ def inputs(spec: Spec, seconds: float, batch: int) -> dict[str, jax.ShapeDtypeSt
     if spec.family in FEATURES:
         shape = (batch, lengths(spec, seconds)[0], spec[FEATURES[spec.family]])
         return {"input_features": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    if spec.family == "whisper":
+        frames, _, tokens, windows = lengths(spec, seconds)
+        shapes = (batch * windows, spec["num_mel_bins"], frames), (batch * windows, tokens)
+        return {"input_features": jax.ShapeDtypeStruct(shapes[0], jnp.float32),
+                "decoder_input_ids": jax.ShapeDtypeStruct(shapes[1], jnp.int32)}
     return {"input_values": jax.ShapeDtypeStruct((batch, _samples(seconds)), jnp.float32)}
 
 
@@ -63,6 +68,10 @@ def lengths(spec: Spec, seconds: float) -> list[int]:
         if counts[-1] < 1:
             raise ValueError(f"{seconds:g} s of audio is shorter than one frame of this model.")
         return counts
+    if spec.family == "whisper":  # whole windows of audio whatever the length; about as many tokens as are said in one
+        window = spec["max_source_positions"] / 50
+        tokens = min(_tokens(min(seconds, window)), spec["max_target_positions"])
+        return [2 * spec["max_source_positions"], spec["max_source_positions"], tokens, max(1, -int(-seconds // window))]
     counts, n = [], _samples(seconds)
     for kernel, stride in zip(spec["conv_kernel"], spec["conv_stride"], strict=True):
         n = (n - kernel) // stride + 1
@@ -228,6 +237,27 @@ def _bert(spec: Spec, lengths: list[int]) -> Iterator[tuple[str, int]]:
         yield "head", width * (heads.labels(spec) + (0 if spec.family == "bert" else width))
 
 
-FORMULAS = {"wav2vec2": _wav2vec2, "hubert": _wav2vec2, "wavlm": _wav2vec2,
+def _whisper(spec: Spec, lengths: list[int]) -> Iterator[tuple[str, int]]:
+    """(block, MACs) of encoder and decoder over all windows of one clip; the decoder in one pass, without a cache."""
+    frames, S, T, windows = lengths
+    width = spec["d_model"]
+    yield "frontend.0", windows * frames * spec.channels(0) * spec.channels(-1) * 3
+    yield "frontend.1", windows * S * width * spec.channels(0) * 3
+    yield "positional", 0
+    for side, n in (("encoder", S), ("decoder", T)):
+        for i in range(spec[f"{side}_layers"]):
+            yield f"{side}.{i}.attention", windows * _attention(spec, f"{side}.{i}.attention", n)
+            if side == "decoder":
+                a = spec.attention(f"{side}.{i}.cross")
+                qk, v = len(a.heads) * a.qk_dim, len(a.heads) * a.v_dim
+                yield f"{side}.{i}.cross", windows * (
+                    T * (_linear(width, qk, a, "q") + _linear(v, width, a, "o")) + T * S * (qk + v)
+                    + S * (_linear(width, qk, a, "k") + _linear(width, v, a, "v")))
+            yield f"{side}.{i}.ffn", windows * _ffn(spec, f"{side}.{i}.ffn", n)
+    if spec.head != "none":
+        yield "head", windows * T * width * spec["vocab_size"]
+
+
+FORMULAS = {"whisper": _whisper, "wav2vec2": _wav2vec2, "hubert": _wav2vec2, "wavlm": _wav2vec2,
             **dict.fromkeys(("wav2vec2-conformer", "wav2vec2-bert", "parakeet_ctc", "parakeet_encoder"), _conformer),
             **dict.fromkeys(("bert", "roberta", "distilbert"), _bert)}

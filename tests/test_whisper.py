@@ -1,4 +1,7 @@
 """Whisper against PyTorch transformers: forward, gradients, cache, cost, sharding, files."""
+import json
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,11 +9,13 @@ import pytest
 import tiny
 import tiny_whisper as tw
 
-from jaxslim import hub
+from jaxslim import cost, hub
 from jaxslim.data import mel
 from jaxslim.data.rows import load_rows
 from jaxslim.models import bind
 from jaxslim.models.layers import Call
+from jaxslim.spec import Spec
+from jaxslim.train import mesh
 
 torch = pytest.importorskip("torch")
 SHAPES = {
@@ -98,7 +103,7 @@ def test_round_trip(head, tmp_path):
         assert torch.equal(a, b), name
     if head == "seq2seq":  # a bare model reads the whole checkpoint too, without the head
         config = dict(ours.spec.config) | {"architectures": ["WhisperModel"]}
-        (tmp_path / "hf" / "config.json").write_text(__import__("json").dumps(config))
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
         bare = hub.load(tmp_path / "hf")
         assert set(bare.params) == {k.removeprefix("model.") for k in ours.params}
         assert isinstance(transformers.WhisperModel.from_pretrained(tmp_path / "hf"), transformers.WhisperModel)
@@ -180,3 +185,20 @@ def test_log_mel_of_long_audio():
     assert np.abs(np.asarray(have) - want["input_features"]).max() <= 1e-4
     with pytest.raises(ValueError, match="shorter than one window"):
         mel.features([clip[:300]], longest=True)
+
+
+@pytest.mark.parametrize("head, seconds", [("seq2seq", 0.3), ("none", 1.0)])
+def test_formula_equals_the_traced_count(head, seconds):
+    spec = Spec(tw.config(frames=20, encoder_layers=3, decoder_attention_heads=2), "whisper", head)
+    pruned = spec.with_block("encoder.0.attention", heads=[1], q_rank=3).with_block("decoder.1.cross", qk_dim=6)
+    pruned = pruned.with_block("decoder.0.ffn", units=0).with_block("frontend.0", channels=9)
+    for each in (spec, pruned):
+        assert cost.macs(each, seconds, 2).total == cost.traced_macs(each, seconds, 2)
+        assert cost.params(each) == sum(np.prod(x.shape) for x in bind.shapes(each).values())  # tied: once
+
+
+def test_matrices_are_sharded():
+    spec = Spec(tw.config(frames=20), "whisper", "seq2seq")
+    for name, leaf in bind.shapes(spec).items():
+        if len(leaf.shape) > 1 and "embed_positions" not in name:
+            assert any(re.search(rule, name) for rule, _ in mesh.RULES), name

@@ -123,7 +123,7 @@ def test_models_that_are_none(jaxslim, tmp_path):
             assert code == 2 and message in sentences(err) and not out, (command, err)
     (path / "config.json").write_text(json.dumps({"model_type": "bart", "architectures": ["BartModel"]}))
     code, _, err = jaxslim("info", path)
-    assert code == 2 and "bart" in sentences(err).lower() and "wav2vec2" in err  # names it and what is supported
+    assert code == 2 and "bart" in sentences(err).lower() and "Wav2Vec2ForCTC" in err  # and what is supported
     (path / "config.json").write_text("{")
     assert "not valid JSON" in sentences(jaxslim("info", path)[2])
 

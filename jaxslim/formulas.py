@@ -71,7 +71,8 @@ def lengths(spec: Spec, seconds: float) -> list[int]:
     if spec.family == "whisper":  # whole windows of audio whatever the length; about as many tokens as are said in one
         window = spec["max_source_positions"] / 50
         tokens = min(_tokens(min(seconds, window)), spec["max_target_positions"])
-        return [2 * spec["max_source_positions"], spec["max_source_positions"], tokens, max(1, -int(-seconds // window))]
+        frames = spec["max_source_positions"]
+        return [2 * frames, frames, tokens, max(1, -int(-seconds // window))]
     counts, n = [], _samples(seconds)
     for kernel, stride in zip(spec["conv_kernel"], spec["conv_stride"], strict=True):
         n = (n - kernel) // stride + 1

@@ -165,7 +165,8 @@ def beam(params, states, ids, valid, limit, penalty, early, never, *, spec, rule
 
     tokens, logs = jnp.full((rows, count, steps), rules.pad), jnp.zeros((rows, count, steps))
     none = jnp.full((rows, count), NEVER)
-    carry = (jnp.int32(0), (tokens, logs), none.at[:, 0].set(0.0), (tokens, logs, jnp.zeros((rows, count), jnp.int32)), none,
+    carry = (jnp.int32(0), (tokens, logs), none.at[:, 0].set(0.0),
+             (tokens, logs, jnp.zeros((rows, count), jnp.int32)), none,
              jnp.zeros((rows, count), bool), jnp.ones((rows, 1), bool), jnp.bool_(True), logits, cache)
     carry = jax.lax.while_loop(lambda c: c[7] & (c[0] < steps), body, carry)
     tokens, logs, lengths = (x[:, 0] for x in carry[3])

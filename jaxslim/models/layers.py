@@ -153,7 +153,7 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
 
 def conv1d(x: jax.Array, w: jax.Array, stride: int, padding: int = 0) -> jax.Array:
     """Convolution over time, zeros on both sides: x (B, T, C), w (out, C, W) -> (B, T', out)."""
-    w = jax.lax.optimization_barrier(w.astype(x.dtype).transpose(2, 1, 0))  # in a loop XLA's CPU is slow on other orders
+    w = jax.lax.optimization_barrier(w.astype(x.dtype).transpose(2, 1, 0))  # XLA's CPU is slow on other orders
     return jax.lax.conv_general_dilated(x, w, (stride,), [(padding, padding)],
                                         dimension_numbers=("NWC", "WIO", "NWC"))
 

@@ -23,7 +23,8 @@ class Attention(nnx.Module):
 
     def __init__(self, spec: Spec, block: str, biasless: tuple[str, ...] = ()):
         a, names, width = spec.attention(block), roles(spec, block), spec.of(block, "hidden_size")
-        self.mixer, self.heads, self.scale, self.rate = a.mixer, len(a.heads), a.scale, spec.of(block, "attention_dropout")
+        self.mixer, self.heads, self.scale = a.mixer, len(a.heads), a.scale
+        self.rate = spec.of(block, "attention_dropout")
         self.names = tuple(names[r].removeprefix(names["owner"] + ".") for r in "qkvo")
         qk, v = self.heads * a.qk_dim, self.heads * a.v_dim
         if not self.heads:  # a block without heads keeps its output bias and nothing else

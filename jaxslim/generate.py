@@ -68,8 +68,8 @@ class Generated(NamedTuple):
     """Tokens without prompt and end token, and the segments that they make up."""
 
     sequences: np.ndarray                    # (B, N), padded with pad_token_id
-    segments: list[list[dict[str, Any]]]     # of each clip: {start, end: seconds, tokens: (n,), temperature, avg_logprob,
-    #                                          no_speech_prob, compression_ratio}
+    segments: list[list[dict[str, Any]]]     # of each clip: {start, end: seconds, tokens: (n,), temperature,
+    #                                          avg_logprob, no_speech_prob, compression_ratio}
 
 
 def generation_config(name: str) -> dict[str, Any]:
@@ -138,9 +138,9 @@ class _Run:
         self.model, self.o, self.window, clips = model, o, window, features.shape[0]
         self.features = jnp.pad(features, ((0, 0), (0, 0), (0, window)))
         last = model.spec["vocab_size"] if o.no_timestamps_token_id is None else o.no_timestamps_token_id
-        self.rules = search.Rules(o.eos_token_id, o.eos_token_id if o.pad_token_id is None else o.pad_token_id, last + 1,
-                                  stamps, o.max_initial_timestamp_index, o.suppress_tokens or (),
-                                  o.begin_suppress_tokens or ())
+        pad = o.eos_token_id if o.pad_token_id is None else o.pad_token_id
+        self.rules = search.Rules(o.eos_token_id, pad, last + 1, stamps, o.max_initial_timestamp_index,
+                                  o.suppress_tokens or (), o.begin_suppress_tokens or ())
         self.start = _start_tokens(model, features[:, :, :window], o, stamps)           # (B, n)
         first = o.prompt_ids is not None and o.prompt_condition_type == "first-segment"
         prompt = np.array(o.prompt_ids or (), int)
@@ -198,8 +198,9 @@ class _Run:
         for i in rows:
             size = len(prompts[i])
             if (o.max_new_tokens or 0) + size > cap:
-                raise ValueError(f"The prompt has {size} tokens and max_new_tokens is {o.max_new_tokens}, together more "
-                                 f"than the decoder's {cap} positions; shorten the prompt or lower max_new_tokens.")
+                raise ValueError(f"The prompt has {size} tokens and max_new_tokens is {o.max_new_tokens}, together "
+                                 f"more than the decoder's {cap} positions; shorten the prompt or lower "
+                                 "max_new_tokens.")
             if o.max_new_tokens is None:  # grows with every window, as in transformers
                 self.length[i] = min(self.length[i] + min(cap // 2 - 1, size), cap)
             limits[i] = self.length[i] - size if o.max_new_tokens is None else o.max_new_tokens
@@ -271,8 +272,10 @@ def _segments(piece: dict, offset: float, frames: int, begin: int) -> tuple[list
     stamps = tokens >= begin
     ends = [i + 1 for i in range(len(tokens) - 1) if stamps[i] and stamps[i + 1]]
     single = list(stamps[-2:]) == [False, True]  # nothing is said after the last timestamp
-    make = lambda start, end, part: {**piece, "start": offset + start * SECONDS, "end": offset + end * SECONDS,  # noqa: E731
-                                     "tokens": part}
+
+    def make(start, end, part):
+        return {**piece, "start": offset + start * SECONDS, "end": offset + end * SECONDS, "tokens": part}
+
     if not ends:
         last = int(frames * FRAME / SECONDS)
         said = tokens[stamps]
@@ -311,7 +314,8 @@ def _start_tokens(model: Slim, window: jax.Array, o: Options, stamps: bool) -> n
         languages = [None] * clips
     tasks = set((o.task_to_id or {}).values())
     if o.task is not None and o.task not in (o.task_to_id or {}):
-        raise ValueError(f"task {o.task!r} is none of {sorted(o.task_to_id or {})} (task_to_id of generation_config.json).")
+        raise ValueError(f"task {o.task!r} is none of {sorted(o.task_to_id or {})} (task_to_id of "
+                         "generation_config.json).")
     out = []
     for language in languages:
         tokens = list(start) if language is None else [start[0], language, *start[2:]]

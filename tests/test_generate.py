@@ -31,8 +31,8 @@ def reference(model, features, mask=None, **given):
     from transformers import GenerationConfig
 
     config = GenerationConfig(**IDS)
-    call = {k: given.pop(k) for k in list(given) if k not in ("num_beams", "length_penalty", "early_stopping", "max_length",
-                                                              "suppress_tokens")}
+    kept = ("num_beams", "length_penalty", "early_stopping", "max_length", "suppress_tokens")
+    call = {k: given.pop(k) for k in list(given) if k not in kept}
     if "prompt_ids" in call:
         call["prompt_ids"] = torch.tensor(call["prompt_ids"])
     for key, value in given.items():
@@ -60,8 +60,9 @@ def test_random_weights(seed):
     model, ours = models(seed=seed, scale=2.0)
     x = tw.features(2, frames=50, seed=seed)
     for beams in (1, 4):
-        have = same(model, ours, x, num_beams=beams, return_timestamps=seed % 2 == 1, language="en", **quiet(seed % 2, 50),
-                    early_stopping=(False, True, "never")[seed % 3], length_penalty=(1.0, 0.6, 2.0)[seed // 3 % 3])
+        have = same(model, ours, x, num_beams=beams, return_timestamps=seed % 2 == 1, language="en",
+                    **quiet(seed % 2, 50), early_stopping=(False, True, "never")[seed % 3],
+                    length_penalty=(1.0, 0.6, 2.0)[seed // 3 % 3])
         assert have.sequences.shape[1] > 3
 
 
@@ -91,8 +92,8 @@ PROMPT = [tw.PREV, 12, 13, 14]
 LONG = {
     "plain": dict(language="en"),
     "translate, conditioned": dict(language="German", task="translate", condition_on_prev_tokens=True),
-    "fallback": dict(language="en", condition_on_prev_tokens=True, temperature=(0.0, 1e-5, 2e-5), logprob_threshold=-1.0,
-                     compression_ratio_threshold=1.2),  # so cold that sampling is a choice of the best
+    "fallback": dict(language="en", condition_on_prev_tokens=True, temperature=(0.0, 1e-5, 2e-5),
+                     logprob_threshold=-1.0, compression_ratio_threshold=1.2),  # nearly the argmax
     "no speech": dict(language="en", temperature=(0.0, 1e-5), logprob_threshold=-0.3, no_speech_threshold=0.001),
     "prompt": dict(prompt_ids=PROMPT),
     "prompt, conditioned": dict(prompt_ids=PROMPT, condition_on_prev_tokens=True, language="en"),
@@ -118,8 +119,8 @@ def test_long_form_of_several_clips():
                logprob_threshold=-1.0)
     together = generate(ours, x, mask, **{**IDS, **hot})
     for i, end in enumerate(ends):  # where transformers lets clips disturb each other, each is as if alone
-        alone = generate(ours, x[i : i + 1, :, :end] if end > 100 else np.where(mask[i, :100], x[i : i + 1, :, :100], 0),
-                         **{**IDS, **hot, "language": hot["language"][i], "return_timestamps": True})
+        one = x[i : i + 1, :, :end] if end > 100 else np.where(mask[i, :100], x[i : i + 1, :, :100], 0)
+        alone = generate(ours, one, **{**IDS, **hot, "language": hot["language"][i], "return_timestamps": True})
         said = np.concatenate([s["tokens"] for s in together.segments[i]])
         if end > 100:
             np.testing.assert_array_equal(said, alone.sequences[0])

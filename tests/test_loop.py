@@ -88,6 +88,12 @@ def test_what_a_run_leaves(whole):
     assert MODEL(input_values=np.zeros((1, 2000), np.float32)).logits is not None  # its arrays were not given away
 
 
+def test_a_relative_folder(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("here", small, cfg=dataclasses.replace(CFG, max_steps=2))
+    assert (tmp_path / "here" / "checkpoints" / "2").is_dir()
+
+
 def test_a_finished_run_is_not_run_again(whole, small):
     def refuse(batch):
         raise AssertionError("no batch is needed")

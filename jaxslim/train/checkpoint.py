@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import jax
@@ -19,7 +20,8 @@ class Checkpoints:
     """The folder `checkpoints/` of a run. `meta` (spec, config, data position) travels as JSON beside the arrays."""
 
     def __init__(self, folder: str, keep: int = 2):
-        self.folder = epath.Path(folder)
+        folder = os.fspath(folder)
+        self.folder = epath.Path(folder if "://" in folder else os.path.abspath(folder))  # Orbax takes no relative path
         policies = ocp.training
         self._open = lambda: policies.Checkpointer(
             self.folder, preservation_policy=policies.preservation_policies.LatestN(keep),

@@ -128,14 +128,20 @@ def _bin(path: pathlib.Path) -> dict[str, Stored]:
     return {k: Stored(v) for k, v in views.items()}
 
 
-def _msgpack(path: pathlib.Path) -> dict[str, np.ndarray]:
-    from flax import serialization, traverse_util
-
+def _bytes(path: pathlib.Path) -> bytes:
+    """A whole file that is no pointer to one. Raises HubError."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise HubError(f"Cannot read {path}: {reason(error)}.") from error
     refuse_pointer(data[:64], path)
+    return data
+
+
+def _msgpack(path: pathlib.Path) -> dict[str, np.ndarray]:
+    from flax import serialization, traverse_util
+
+    data = _bytes(path)
     try:
         leaves = traverse_util.flatten_dict(serialization.msgpack_restore(data))
         leaves = {tuple("/".join(k).split("/")): np.asarray(v) for k, v in leaves.items()}
@@ -180,11 +186,7 @@ KINDS = (
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """The JSON object in a file. Raises HubError."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise HubError(f"Cannot read {path}: {reason(error)}.") from error
-    refuse_pointer(data[:64], path)
+    data = _bytes(path)
     try:
         value = json.loads(data)
     except ValueError as error:

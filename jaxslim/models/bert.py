@@ -5,8 +5,6 @@ padding id, DistilBERT has no token types) and in the classification head. `mean
 """
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,7 +13,7 @@ from jaxslim.models import layers as L
 from jaxslim.models.heads import DROPOUT, labels
 from jaxslim.models.mixers import Attention
 from jaxslim.models.roles import FAMILIES, roles
-from jaxslim.models.wav2vec2 import EMBEDDING, POLICIES
+from jaxslim.models.wav2vec2 import EMBEDDING
 from jaxslim.slim import Outputs
 from jaxslim.spec import Spec, SpecError
 
@@ -125,15 +123,7 @@ class Encoder(nnx.Module):
     def __call__(self, call: L.Call, input_ids, attention_mask=None, token_type_ids=None) -> Outputs:
         mask = None if attention_mask is None else attention_mask.astype(bool)                       # (B, T)
         x = self.embeddings(input_ids, token_type_ids, call)
-        states, taps = [x], call.keep({"embedding": x}, mask)
-        for layer in getattr(self, self.stack).layer:
-            step = functools.partial(layer, mask=mask, call=call)
-            if call.remat != "none":
-                step = jax.checkpoint(step, policy=POLICIES[call.remat])
-            with jax.named_scope(layer.name):
-                x, new = step(x)
-            states.append(x)
-            taps |= new
+        x, states, taps = L.run(getattr(self, self.stack).layer, x, mask, call)
         lengths = None if mask is None else mask.sum(-1)
         return Outputs(None, x, tuple(states) if call.hidden else None, taps or None, lengths,
                        pooler_output=self.pooler(x) if self.pooled else None)

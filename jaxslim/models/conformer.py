@@ -145,20 +145,6 @@ class Layer(nnx.Module):
         return x, call.keep(taps | {self.name: x}, mask)
 
 
-def run(layers, x, mask, call: L.Call, shared=None):
-    """All layers: (B, T, D) -> (B, T, D), states, taps."""
-    states, taps = [x], call.keep({"embedding": x}, mask)
-    for layer in layers:
-        step = functools.partial(layer, mask=mask, call=call, shared=shared)
-        if call.remat != "none":
-            step = jax.checkpoint(step, policy=wav2vec2.POLICIES[call.remat])
-        with jax.named_scope(layer.name):
-            x, new = step(x)
-        states.append(x)
-        taps |= new
-    return x, states, taps
-
-
 class Rates(nnx.Module):
     """Rotary frequencies: wav2vec2-conformer's checkpoints store them."""
 
@@ -190,7 +176,7 @@ class Transformer(nnx.Module):
         rates = None
         if self.rotary:
             rates = self.embed_positions() if self.final else jnp.array(self.rates, jnp.float32)
-        x, states, taps = run(self.layers, x, mask, call, rates)
+        x, states, taps = L.run(self.layers, x, mask, call, shared=rates)
         return self.layer_norm(x) if self.final else x, states, taps
 
 

@@ -6,6 +6,7 @@ Parameters are created as shapes; `bind.py` puts the arrays in. Norms, softmax a
 """
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -220,6 +221,25 @@ def frame_mask(lengths: jax.Array | None, frames: int) -> jax.Array | None:
 def zero_padding(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     """x (B, T, ...) with padded frames set to zero."""
     return x if mask is None else jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 2)), x, 0)
+
+
+POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
+def remat(fn, call: Call):
+    """fn, keeping for the backward pass what `call.remat` says."""
+    return fn if call.remat == "none" else jax.checkpoint(fn, policy=POLICIES[call.remat])
+
+
+def run(layers, x: jax.Array, mask: jax.Array | None, call: Call, **shared):
+    """All layers one after another: (B, T, D) -> (B, T, D), states (embedding, then every layer), taps."""
+    states, taps = [x], call.keep({"embedding": x}, mask)
+    for layer in layers:
+        with jax.named_scope(layer.name):
+            x, new = remat(functools.partial(layer, mask=mask, call=call, **shared), call)(x)
+        states.append(x)
+        taps |= new
+    return x, states, taps
 
 
 def in_chunks(fn, x: jax.Array, call: Call) -> jax.Array:

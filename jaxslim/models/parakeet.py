@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxslim.models import heads, wav2vec2
 from jaxslim.models import layers as L
-from jaxslim.models.conformer import Layer, run
+from jaxslim.models.conformer import Layer
 from jaxslim.slim import Outputs
 from jaxslim.spec import Spec
 
@@ -34,7 +34,7 @@ class ParakeetEncoder(nnx.Module):
         projected = x
         x = x * math.sqrt(spec["hidden_size"]) if spec["scale_input"] else x
         x = L.dropout(x, spec["dropout"], call, wav2vec2.EMBEDDING)
-        x, states, taps = run(self.layers, x, mask, call)
+        x, states, taps = L.run(self.layers, x, mask, call, shared=None)
         taps |= call.keep({"projection": projected}, mask)
         return Outputs(None, x, tuple(states) if call.hidden else None, taps or None, lengths)
 

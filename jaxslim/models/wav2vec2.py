@@ -6,7 +6,6 @@ adapters.py. WavLM adds a position bias to its attention (positions.py).
 """
 from __future__ import annotations
 
-import functools
 import math
 
 import jax
@@ -20,7 +19,6 @@ from jaxslim.slim import Outputs
 from jaxslim.spec import Spec
 
 EMBEDDING, AUGMENT = 1001, 1003  # sites of random numbers beside the layers' own (their index)
-POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 def build(spec: Spec) -> nnx.Module:
@@ -182,16 +180,8 @@ class Transformer(nnx.Module):
         if not self.pre:
             x = self.layer_norm(x)
         x = L.dropout(x, self.rate, call, EMBEDDING)
-        states, taps = [x], call.keep({"embedding": x}, mask)
         bias = self.layers[0].attention.shared(x.shape[1]) if self.biased else None
-        for layer in self.layers:
-            step = functools.partial(layer, mask=mask, call=call, bias=bias)
-            if call.remat != "none":
-                step = jax.checkpoint(step, policy=POLICIES[call.remat])
-            with jax.named_scope(layer.name):
-                x, new = step(x)
-            states.append(x)
-            taps |= new
+        x, states, taps = L.run(self.layers, x, mask, call, bias=bias)
         return self.layer_norm(x) if self.pre else x, states, taps
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxslim.models import layers as L
 from jaxslim.models.mixers import Attention
-from jaxslim.models.wav2vec2 import EMBEDDING, POLICIES, span_mask
+from jaxslim.models.wav2vec2 import EMBEDDING, span_mask
 from jaxslim.slim import Outputs
 from jaxslim.spec import Spec, SpecError
 
@@ -203,10 +203,8 @@ def _run(layers, x, call: L.Call, cross=None, mask=None, cache=None, at=0):
     for i, layer in enumerate(layers):
         step = functools.partial(layer, cross=None if cross is None else cross[i], call=call, mask=mask,
                                  cache=None if cache is None else cache[i], at=at)
-        if call.remat != "none":
-            step = jax.checkpoint(step, policy=POLICIES[call.remat])
         with jax.named_scope(layer.name):
-            x, new, pair = step(x)
+            x, new, pair = L.remat(step, call)(x)
         states.append(x)
         out.append(pair)
         taps |= new

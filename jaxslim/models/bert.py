@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxslim.models import adapters
 from jaxslim.models import layers as L
 from jaxslim.models.heads import DROPOUT, labels
 from jaxslim.models.mixers import Attention
@@ -32,6 +33,7 @@ def build(spec: Spec) -> nnx.Module:
 class Embeddings(nnx.Module):
     def __init__(self, spec: Spec):
         width, self.rate = spec.of("encoder", "hidden_size"), spec.of("encoder", "hidden_dropout")
+        self.padding = spec.get("pad_token_id")
         self.first = spec["pad_token_id"] if spec.family == "roberta" else None  # RoBERTa: position of padding
         self.longest = spec["max_position_embeddings"] - (0 if self.first is None else self.first + 1)
         self.typed = spec.family != "distilbert"
@@ -49,12 +51,13 @@ class Embeddings(nnx.Module):
         if self.first is not None:
             real = (ids != self.first).astype(jnp.int32)
             positions = jnp.cumsum(real, -1) * real + self.first
-        x = self.word_embeddings()[ids]
+        x = L.lookup(self.word_embeddings(), ids, self.padding)
         if self.typed:
             x = x + self.token_type_embeddings()[jnp.zeros_like(ids) if types is None else types]
         elif types is not None:
             raise ValueError("token_type_ids: DistilBERT has no token types; leave them out.")
-        return L.dropout(self.LayerNorm(x + self.position_embeddings()[positions]), self.rate, call, EMBEDDING)
+        places = L.lookup(self.position_embeddings(), positions, self.first)
+        return L.dropout(self.LayerNorm(x + places), self.rate, call, EMBEDDING)
 
 
 class Layer(nnx.Module):
@@ -87,10 +90,10 @@ class Layer(nnx.Module):
 
     def __call__(self, x, mask, call: L.Call):                           # (B, T, D) -> (B, T, D), taps
         call, (norm, final) = call.fold(self.index), (getattr(self, name) for name in self.norms)
-        a_out = getattr(self, self.mix)(x, mask, call.fold(2))
+        a_out = adapters.adapt(self, "attention", x, x, getattr(self, self.mix)(x, mask, call.fold(2)), call)
         h = norm(x + L.dropout(a_out, self.rate, call, 3))
-        f_out = L.in_chunks(self.feed_forward, h, call)
-        y = final(h + L.dropout(f_out, self.rate, call, 4))
+        f_out = adapters.adapt(self, "ffn", h, h, L.in_chunks(self.feed_forward, h, call), call)
+        y = adapters.adapt_layer(self, "ffn", final(h + L.dropout(f_out, self.rate, call, 4)), call)
         return y, call.keep({f"{self.name}.attention.in": x, f"{self.name}.attention.out": a_out,
                              f"{self.name}.ffn.in": h, f"{self.name}.ffn.out": f_out, self.name: y}, mask)
 

@@ -12,16 +12,17 @@ from collections.abc import Mapping
 import jax
 from flax import nnx
 
-from jaxslim.models import roles
+from jaxslim.models import adapters, gates, mixers, roles
 from jaxslim.slim import Slim
 from jaxslim.spec import Spec, SpecError, nearest
 
 # model_type -> module in jaxslim.models with build(spec)
 FAMILIES = {"wav2vec2": "wav2vec2", "hubert": "wav2vec2", "wavlm": "wav2vec2", "wav2vec2-conformer": "conformer",
             "wav2vec2-bert": "w2v_bert", "parakeet_ctc": "parakeet", "parakeet_encoder": "parakeet"}
-FAMILIES["whisper"] = "whisper"
+FAMILIES |= {"whisper": "whisper", "gemma3n_audio": "gemma3n"}
 FAMILIES |= dict.fromkeys(("bert", "roberta", "distilbert"), "bert")
 AUXILIARY = ("aux.", "teacher/")                           # training-only names; not part of the model
+OPEN = ".open"                                             # of a gated norm: made by gates.fold, not stored
 
 
 @functools.lru_cache(maxsize=64)
@@ -33,6 +34,12 @@ def _skeleton(spec: Spec):
         if block not in known:
             raise SpecError(f"Spec: this {spec.family} model has no block {block!r}.{nearest(block, known)}")
     module = importlib.import_module(f"jaxslim.models.{FAMILIES[spec.family]}").build(spec)
+    mixers.tie(module)
+    for block, fields in spec.blocks.items():
+        for role in fields.get("int8", ()):
+            submodule(module, roles.roles(spec, block)[role]).quantize()
+        if "adapter" in fields:
+            adapters.attach(submodule(module, roles.roles(spec, block.rpartition(".")[0])["owner"]), spec, block)
     graphdef, state = nnx.split(module)
     paths = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
     return graphdef, paths
@@ -42,7 +49,8 @@ def _skeleton(spec: Spec):
 def shapes(spec: Spec) -> Mapping[str, jax.ShapeDtypeStruct]:
     """Name -> shape and dtype of every parameter of a model with this Spec, in sorted order."""
     _, paths = _skeleton(spec)
-    return {name: paths[name][1].get_value() for name in sorted(paths)}
+    found = {name: leaf.get_value() for name, (_, leaf) in paths.items() if not name.endswith(OPEN)}
+    return dict(sorted({**found, **gates.shapes(spec)}.items()))
 
 
 def check(spec: Spec, params: Mapping[str, jax.Array], where: str = "params") -> None:
@@ -58,12 +66,31 @@ def check(spec: Spec, params: Mapping[str, jax.Array], where: str = "params") ->
         raise SpecError(f"{where} does not fit the {spec.family} model of its Spec: {'; '.join(problems[:8])}{more}.")
 
 
-def bind(spec: Spec, params: Mapping[str, jax.Array]) -> nnx.Module:
-    """The NNX module of `spec` holding `params`. Used inside a trace; do not keep it between training steps."""
-    check(spec, params)
+def bind(spec: Spec, params: Mapping[str, jax.Array], adapter_ids: jax.Array | None = None) -> nnx.Module:
+    """The NNX module of `spec` holding `params`. Used inside a trace; do not keep it between training steps. Of a
+    model with gates, the parameters that `gates.fold` gives.
+
+    `adapter_ids` (), (B,) or (B, T): which of its slots every adapter and LoRA uses, -1 = none.
+    """
     graphdef, paths = _skeleton(spec)
-    return nnx.merge(graphdef, nnx.from_flat_state(
+    if not gates.shapes(spec):
+        check(spec, params)
+    elif not paths.keys() <= params.keys() or gates.shapes(spec).keys() & params.keys():
+        raise SpecError(f"This {spec.family} model has gates and is still being pruned; finish the stage first (the "
+                        "method's `finish`).")
+    module = nnx.merge(graphdef, nnx.from_flat_state(
         [(path, leaf.replace(params[name])) for name, (path, leaf) in paths.items()]))
+    if adapter_ids is not None:
+        for _, part in nnx.iter_modules(module):
+            if getattr(part, "slots", 0):
+                part.adapter_ids = nnx.data(adapter_ids)
+    return module
+
+
+def skeleton(spec: Spec) -> nnx.Module:
+    """The NNX module of `spec` with shapes in the places of arrays."""
+    graphdef, paths = _skeleton(spec)
+    return nnx.merge(graphdef, nnx.from_flat_state(list(paths.values())))
 
 
 def submodule(module: nnx.Module, name: str) -> nnx.Module:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxslim.models import adapters, heads, positions, wav2vec2
+from jaxslim.models import adapters, gates, heads, positions, wav2vec2
 from jaxslim.models import layers as L
 from jaxslim.models.roles import FAMILIES, roles
 from jaxslim.spec import Spec
@@ -74,15 +74,22 @@ class Convolution(nnx.Module):
         self.kernel, self.act, self.masked = spec[style.kernel], L.activation(spec["hidden_act"]), style.masked
         self.padding = (self.kernel - 1, 0) if style.causal else ((self.kernel - 1) // 2,) * 2
         self.inner = names["inner"].removeprefix(own)
-        self.normed = names["norm"].startswith(own)
+        self.normed, self.channels, self.has_bias = names["norm"].startswith(own), channels, bias
         if self.normed:
             self.layer_norm = norm(spec)
+        if not channels:  # a block without channels keeps its output bias, if it has one, and nothing else
+            if bias:
+                self.pointwise_conv2 = L.Bias(width)
+            return
         self.pointwise_conv1 = L.Conv(width, 2 * channels, 1, bias)
         self.pointwise_conv2 = L.Conv(channels, width, 1, bias)
         self.depthwise_conv = Depthwise(channels, self.kernel, bias)
-        setattr(self, self.inner, L.BatchNorm(channels) if style.stored_norm else L.LayerNorm(channels, eps(spec)))
+        setattr(self, self.inner, L.BatchNorm(channels) if style.stored_norm else
+                L.LayerNorm(channels, eps(spec), gates.gated(spec, block)))
 
     def __call__(self, x, mask, call: L.Call):                           # (B, T, D) -> (B, T, D)
+        if not self.channels:
+            return jnp.broadcast_to(self.pointwise_conv2() if self.has_bias else 0.0, x.shape).astype(x.dtype)
         x = L.zero_padding(x, mask) if self.masked == "before" else x
         h = adapters.glu(self.pointwise_conv1.pointwise(x))
         h = L.zero_padding(h, mask) if self.masked == "after" else h
@@ -131,7 +138,7 @@ class Layer(nnx.Module):
         def sublayer(i, part, x, *arguments):
             module, name = getattr(self, self.owners[i]), self.norms[i]
             h = module.layer_norm(x) if name is None else getattr(self, name)(x)
-            y = module(h, *arguments)
+            y = adapters.adapt(self, part, x, h, module(h, *arguments), call)
             taps.update({f"{self.name}.{part}.in": h, f"{self.name}.{part}.out": y})
             return y
 
@@ -139,7 +146,7 @@ class Layer(nnx.Module):
         x = x + L.dropout(sublayer(1, "attention", x, mask, call.fold(2), shared), self.rates[1], call, 3)
         x = x + L.dropout(sublayer(2, "conv", x, mask, call.fold(12)), self.rates[2], call, 12)
         x = x + 0.5 * L.dropout(sublayer(3, "ffn2", x, call.fold(13)), self.rates[0], call, 14)
-        x = getattr(self, self.last)(x)
+        x = adapters.adapt_layer(self, "ffn2", getattr(self, self.last)(x), call)
         if call.key is not None and self.drop:
             x = jnp.where(jax.random.bernoulli(jax.random.fold_in(call.key, 5), self.drop), before, x)
         return x, call.keep(taps | {self.name: x}, mask)

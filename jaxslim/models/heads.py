@@ -51,7 +51,7 @@ class Head(nnx.Module):
         setattr(self, self.inner, encoder)
         self.mixing = self.weighted and bool(spec.get("use_weighted_layer_sum"))
         if self.mixing:
-            self.layer_weights = L.param(spec["num_hidden_layers"] + 1)
+            self.layer_weights = L.param(spec["num_hidden_layers"] + 1 + spec.generated)
 
     def encode(self, call: L.Call, inputs) -> tuple[jax.Array, Outputs]:
         """What the head reads (B, T, D), and the encoder's outputs."""

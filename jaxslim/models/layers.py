@@ -27,6 +27,8 @@ class Call(NamedTuple):
     hidden: bool = False
     remat: str = "none"          # none | dots | full
     attention: str = "auto"      # auto | dense | blocked
+    whole: bool = False          # never in chunks: adapter ids by frame
+    layers: str = "loop"         # loop | scan
 
     def on_cpu(self) -> bool:
         """Whether to run the programs made for the CPU; "dense" asks for the simple ones everywhere."""
@@ -34,7 +36,7 @@ class Call(NamedTuple):
 
     def chunked(self, frames: int) -> bool:
         """Whether `frames` frames are many enough to go through the CPU in chunks (evaluation only)."""
-        return self.key is None and self.on_cpu() and frames >= 2 * CHUNK
+        return self.key is None and not self.whole and self.on_cpu() and frames >= 2 * CHUNK
 
     def fold(self, site: int) -> Call:
         """The same call with a key of its own for one layer or site."""
@@ -59,15 +61,24 @@ class Linear(nnx.Module):
             self.down, self.up = Weight(rank, din), Weight(dout, rank)
         if bias:
             self.bias = param(dout)
+        self.slots, self.adapter_ids = lora.get("slots", 1) if lora else 0, None
         if lora:
-            self.lora_A, self.lora_B = Weight(lora["rank"], din), Weight(dout, lora["rank"])
+            lead = (self.slots,) if self.slots > 1 else ()
+            self.lora_A, self.lora_B = Weight(*lead, lora["rank"], din), Weight(*lead, dout, lora["rank"])
         self.lora_scale = lora["alpha"] / lora["rank"] if lora else None
-        self.factored, self.has_bias = rank is not None, bias
+        self.factored, self.has_bias, self.int8 = rank is not None, bias, False
+
+    def quantize(self) -> None:
+        """Weight-only int8: `weight` becomes int8 and gets a scale for each output (out,)."""
+        self.weight = nnx.Param(jax.ShapeDtypeStruct(self.weight.shape, jnp.int8))
+        self.weight_scale, self.int8 = param(self.weight.shape[0]), True
 
     def __call__(self, x: jax.Array) -> jax.Array:                       # (..., in) -> (..., out)
         y = matmul(matmul(x, self.down()), self.up()) if self.factored else matmul(x, self.weight[...])
+        if self.int8:
+            y = y * self.weight_scale[...].astype(y.dtype)
         if self.lora_scale is not None:
-            y = y + self.lora_scale * matmul(matmul(x, self.lora_A()), self.lora_B())
+            y = y + self.lora_scale * bottleneck(x, self.lora_A(), self.lora_B(), self.adapter_ids)
         return y + self.bias[...].astype(y.dtype) if self.has_bias else y
 
 
@@ -81,6 +92,12 @@ class Weight(nnx.Module):
         return self.weight[...]
 
 
+def lookup(table: jax.Array, ids: jax.Array, padding: int | None) -> jax.Array:
+    """Rows (..., D) of an embedding (N, D); that of `padding` is never trained, as torch's `padding_idx`."""
+    rows = table[ids]
+    return rows if padding is None else jnp.where((ids == padding)[..., None], jax.lax.stop_gradient(rows), rows)
+
+
 class Bias(nnx.Module):
     """A bare `<name>.bias`: all that is left of a linear whose inputs were pruned away."""
 
@@ -92,14 +109,21 @@ class Bias(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    def __init__(self, dim: int, eps: float = 1e-5):
-        self.weight, self.bias, self.eps = param(dim), param(dim), eps
+    """With `gated`, mean and variance are those of the open channels (gates.py), as they are once the rest is cut."""
+
+    def __init__(self, dim: int, eps: float = 1e-5, gated: bool = False):
+        self.weight, self.bias, self.eps, self.gated = param(dim), param(dim), eps, gated
+        if gated:
+            self.open = param(dim)                                       # 1 = open, 0 = closed
 
     def __call__(self, x: jax.Array) -> jax.Array:                       # (..., D)
+        mean = functools.partial(jnp.mean, axis=-1, keepdims=True)
+        if self.gated:
+            share = self.open[...] / jnp.maximum(self.open[...].sum(), 1.0)
+            mean = lambda h: (h * share).sum(-1, keepdims=True)  # noqa: E731
         h = x.astype(jnp.float32)
-        mean = h.mean(-1, keepdims=True)
-        h = h - mean
-        h = h * jax.lax.rsqrt((h * h).mean(-1, keepdims=True) + self.eps)
+        h = h - mean(h)
+        h = h * jax.lax.rsqrt(mean(h * h) + self.eps)
         return (h * self.weight[...] + self.bias[...]).astype(x.dtype)
 
 
@@ -150,6 +174,36 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     """x (..., in) times w (out, in) transposed -> (..., out). As one flat product: its gradients are twice as fast."""
     y = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), w.astype(x.dtype), (((1,), (1,)), ((), ())))
     return y.reshape(*x.shape[:-1], w.shape[0])
+
+
+def bottleneck(x: jax.Array, down: jax.Array, up: jax.Array, ids: jax.Array | None = None, act=lambda h: h,
+               down_bias: jax.Array | None = None, up_bias: jax.Array | None = None) -> jax.Array:
+    """up act(down x) of an adapter or LoRA, (B, ..., in) -> (B, ..., out), zero where the id is -1.
+
+    down (n, in), up (out, n); with a leading axis of slots, `ids` chooses: one for all (), by example (B,), or by frame
+    (B, T). By example the weights are gathered; by frame every slot is computed and all but the chosen one zeroed.
+    """
+    plus = lambda y, b: y if b is None else y + b.astype(y.dtype)  # noqa: E731
+    if ids is None or down.ndim == 2 or ids.ndim == 0:
+        if down.ndim == 3:
+            down, up, down_bias, up_bias = (None if w is None else w[jnp.maximum(ids, 0)]
+                                            for w in (down, up, down_bias, up_bias))
+        y = plus(matmul(act(plus(matmul(x, down), down_bias)), up), up_bias)
+    elif ids.ndim == 1:
+        pick = lambda w: None if w is None else w[jnp.maximum(ids, 0)]  # noqa: E731
+        over = lambda b: None if b is None else b.reshape(len(b), *(1,) * (x.ndim - 2), -1)  # noqa: E731
+        h = act(plus(jnp.einsum("b...i,bni->b...n", x, pick(down).astype(x.dtype)), over(pick(down_bias))))
+        y = plus(jnp.einsum("b...n,bon->b...o", h, pick(up).astype(x.dtype)), over(pick(up_bias)))
+    else:
+        slots, width, _ = down.shape
+        chosen = jax.nn.one_hot(ids, slots, dtype=x.dtype)                                           # (B, T, S)
+        h = matmul(x, down.reshape(slots * width, -1)).reshape(*x.shape[:2], slots, width)
+        h = act(plus(h, down_bias)) * chosen[..., None]
+        y = matmul(h.reshape(*x.shape[:2], -1), jnp.moveaxis(up, 0, 1).reshape(up.shape[1], -1))
+        y = y if up_bias is None else y + matmul(chosen, up_bias.T)
+    if ids is None:
+        return y
+    return jnp.where((ids >= 0).reshape(ids.shape + (1,) * (y.ndim - ids.ndim)), y, 0)
 
 
 def conv1d(x: jax.Array, w: jax.Array, stride: int, padding: int = 0) -> jax.Array:
@@ -206,6 +260,11 @@ def activation(name: str):
     return ACTIVATIONS[name]
 
 
+def two_activations(act, other, width: int):
+    """`act`, but `other` on the last `width` units."""
+    return lambda x: jnp.where(jnp.arange(x.shape[-1]) < x.shape[-1] - width, act(x), other(x))
+
+
 def dropout(x: jax.Array, rate: float, call: Call, site: int) -> jax.Array:
     if call.key is None or rate == 0.0:
         return x
@@ -233,6 +292,10 @@ def remat(fn, call: Call):
 
 def run(layers, x: jax.Array, mask: jax.Array | None, call: Call, **shared):
     """All layers one after another: (B, T, D) -> (B, T, D), states (embedding, then every layer), taps."""
+    if call.layers == "scan":
+        from jaxslim.models import stack
+
+        return stack.run(layers, x, mask, call, **shared)
     states, taps = [x], call.keep({"embedding": x}, mask)
     for layer in layers:
         with jax.named_scope(layer.name):

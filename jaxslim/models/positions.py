@@ -96,14 +96,14 @@ class Attention(mixers.Attention):
         return toeplitz(self.rel_attn_embed().astype(jnp.float32)[buckets(length, *self.buckets)], length)
 
 
-def buckets(length: int, count: int, farthest: int) -> np.ndarray:
+def buckets(length: int, count: int, farthest: int) -> jax.Array:
     """Bucket of each distance key - query from 1 - length to length - 1: exact near by, logarithmic far away."""
-    distance = np.arange(1 - length, length)
     half, near = count // 2, count // 4
-    size = np.abs(distance)
+    size = np.arange(farthest + 1)                                       # a table, so that `length` may be left open
     far = np.log(np.maximum(size, 1).astype(np.float32) / np.float32(near)) / np.float32(math.log(farthest / near))
     far = np.minimum((near + far * np.float32(half - near)).astype(np.int32), half - 1)
-    return (distance > 0) * half + np.where(size < near, size, far)
+    distance = jnp.arange(1 - length, length)
+    return (distance > 0) * half + jnp.asarray(np.where(size < near, size, far))[jnp.minimum(abs(distance), farthest)]
 
 
 def toeplitz(values: jax.Array, length: int) -> jax.Array:

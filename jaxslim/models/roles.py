@@ -31,6 +31,8 @@ HEADS = {"ctc": "lm_head", "classification": "classifier", "frames": "classifier
 REST = {"projection": "feature_projection", "positional": "encoder.pos_conv_embed", "adapter": "adapter"}
 SPEECH = Family("wav2vec2", {"encoder": "encoder.layers.{}"}, {"attention": QKVO, "ffn": FFN},
                 "feature_extractor.conv_layers.{}", REST, HEADS)
+GENERATOR = "encoder.generator"                       # models/generative.py; its layers are named as the encoder's
+GENERATING = ("wav2vec2", "hubert", "wavlm")          # families that can be the front of a generative student
 FAMILIES = {"wav2vec2": SPEECH, "hubert": SPEECH._replace(prefix="hubert"), "wavlm": SPEECH._replace(prefix="wavlm")}
 
 CONFORMER = Family("wav2vec2_conformer", {"encoder": "encoder.layers.{}"}, {
@@ -59,6 +61,19 @@ PARAKEET = Family("encoder", {"encoder": "layers.{}"}, {
     heads={"ctc": "ctc_head"})
 FAMILIES |= {"wav2vec2-conformer": CONFORMER, "wav2vec2-bert": W2V_BERT, "parakeet_ctc": PARAKEET,
              "parakeet_encoder": PARAKEET}
+
+_HALF = {"owner": "{}", "up": "{}.ffw_layer_1", "down": "{}.ffw_layer_2", "norm": "{}.pre_layer_norm",
+         "after": "{}.post_layer_norm"}
+FAMILIES["gemma3n_audio"] = Family("audio_tower", {"encoder": "conformer.{}"}, {
+    "ffn1": {role: name.format("ffw_layer_start") for role, name in _HALF.items()},
+    "attention": {"owner": "attention", "q": "attention.attn.q_proj", "k": "attention.attn.k_proj",
+                  "v": "attention.attn.v_proj", "o": "attention.post", "per_dim": "attention.attn.per_dim_scale",
+                  "pos": "attention.attn.relative_position_embedding.pos_proj", "norm": "attention.pre_attn_norm",
+                  "after": "attention.post_norm"},
+    "conv": {"owner": "lconv1d", "up": "lconv1d.linear_start", "down": "lconv1d.linear_end",
+             "conv": "lconv1d.depthwise_conv1d", "inner": "lconv1d.conv_norm", "norm": "lconv1d.pre_layer_norm"},
+    "ffn2": {role: name.format("ffw_layer_end") for role, name in _HALF.items()} | {"last": "norm"}},
+    rest={"projection": "subsample_conv_projection"})
 
 SELF = {"owner": "self_attn", "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
         "o": "self_attn.out_proj", "norm": "self_attn_layer_norm"}
@@ -91,9 +106,10 @@ def blocks(spec: Spec) -> tuple[str, ...]:
     family = FAMILIES[spec.family]
     fronts = 2 if spec.family == "whisper" else len(spec["conv_dim"]) if family.frontend else 0
     front = [f"frontend.{i}" for i in range(fronts)]
+    last = ["generator"] * bool(spec.generator and spec.family in GENERATING) + ["head"] * (spec.head != "none")
     inner = [f"{layer}.{part}" for layer in layers(spec) for part in family.parts
              if part != "cross" or layer.startswith("decoder.")]
-    return (*front, *inner, *(["head"] if spec.head != "none" else []))
+    return (*front, *inner, *last)
 
 
 def layers(spec: Spec) -> tuple[str, ...]:
@@ -111,7 +127,9 @@ def roles(spec: Spec, block: str) -> dict[str, str]:
     if side == "frontend":
         owner = p + family.frontend.format(rest[0], int(rest[0]) + 1)
         return {"owner": owner, "conv": owner + family.conv, "norm": f"{owner}.layer_norm"}
-    owner = p + family.layer[side].format(rest[0])
+    if side == "generator" and not rest:
+        return {"owner": p + GENERATOR}
+    owner = p + family.layer.get(side, GENERATOR + ".layers.{}").format(rest[0])
     if len(rest) == 1:
         return {"owner": owner}
     return {role: f"{owner}.{name}" for role, name in family.parts[rest[1]].items()}

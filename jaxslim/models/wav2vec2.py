@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxslim.models import adapters, heads, positions
+from jaxslim.models import adapters, gates, heads, positions
 from jaxslim.models import layers as L
 from jaxslim.models.mixers import Attention
 from jaxslim.slim import Outputs
@@ -22,6 +22,10 @@ EMBEDDING, AUGMENT = 1001, 1003  # sites of random numbers beside the layers' ow
 
 
 def build(spec: Spec) -> nnx.Module:
+    if spec.generator:
+        from jaxslim.models import generative
+
+        return heads.build(spec, generative.build(spec))
     return heads.build(spec, Encoder(spec))
 
 
@@ -40,7 +44,8 @@ class ConvLayer(nnx.Module):
         norm = spec["feat_extract_norm"]
         self.normed = norm == "layer" or i == 0
         if self.normed:
-            self.layer_norm = (L.LayerNorm if norm == "layer" else L.TimeNorm)(dout)
+            gated = gates.gated(spec, f"frontend.{i}")
+            self.layer_norm = L.LayerNorm(dout, gated=gated) if norm == "layer" else L.TimeNorm(dout)
 
     def __call__(self, x):                                               # (B, T, C) -> (B, T', C')
         x = self.conv(x, self.stride)
@@ -75,10 +80,11 @@ class FeatureExtractor(nnx.Module):
 
 class FeatureProjection(nnx.Module):
     def __init__(self, spec: Spec):
-        width = spec.channels(len(spec["conv_dim"]) - 1)
+        last = len(spec["conv_dim"]) - 1
+        width = spec.channels(last)
         self.normed = spec.get("feat_proj_layer_norm", True)
         if self.normed:
-            self.layer_norm = L.LayerNorm(width, spec["layer_norm_eps"])
+            self.layer_norm = L.LayerNorm(width, spec["layer_norm_eps"], gates.gated(spec, f"frontend.{last}"))
         self.projection = L.Linear(width, spec["hidden_size"])
 
     def __call__(self, x):
@@ -135,8 +141,8 @@ class FeedForward(nnx.Module):
 class Layer(nnx.Module):
     """One transformer layer, pre-norm (`do_stable_layer_norm`) or post-norm."""
 
-    def __init__(self, spec: Spec, i: int):
-        self.name, self.index, self.pre = f"encoder.{i}", i, spec["do_stable_layer_norm"]
+    def __init__(self, spec: Spec, i: int, side: str = "encoder"):
+        self.name, self.index, self.pre = f"{side}.{i}", i, spec["do_stable_layer_norm"]
         self.rate, self.drop = spec["hidden_dropout"], spec["layerdrop"]
         self.attention = (positions.Attention if positions.kind(spec) else Attention)(spec, f"{self.name}.attention")
         self.feed_forward = FeedForward(spec, f"{self.name}.ffn")
@@ -146,20 +152,23 @@ class Layer(nnx.Module):
         if self.adapted:
             self.adapter_layer = adapters.AttnAdapter(spec)
 
-    def __call__(self, x, mask, call: L.Call, bias=None):                # (B, T, D) -> (B, T, D), taps
+    def __call__(self, x, mask, call: L.Call, bias=None, mix=None):      # (B, T, D) -> (B, T, D), taps
+        """`mix` takes the place of the attention block where that has a state (stream.py)."""
         call = call.fold(self.index)
         a_in = self.layer_norm(x) if self.pre else x
-        a_out = self.attention(a_in, mask, call.fold(2), *(() if bias is None else (bias,)))
+        a_out = (mix or self.attention)(a_in, mask, call.fold(2), *(() if bias is None else (bias,)))
+        a_out = adapters.adapt(self, "attention", x, a_in, a_out, call)
         h = x + L.dropout(a_out, self.rate, call, 3)
         if not self.pre:
             h = self.layer_norm(h)
         f_in = self.final_layer_norm(h) if self.pre else h
-        f_out = self.feed_forward(f_in, call)
+        f_out = adapters.adapt(self, "ffn", h, f_in, self.feed_forward(f_in, call), call)
         y = h + L.dropout(f_out, self.rate, call, 4)
         if not self.pre:
             y = self.final_layer_norm(y)
         if self.adapted:
             y = y + self.adapter_layer(y)
+        y = adapters.adapt_layer(self, "ffn", y, call)
         if call.key is not None and self.drop:
             y = jnp.where(jax.random.bernoulli(jax.random.fold_in(call.key, 5), self.drop), x, y)
         return y, call.keep({f"{self.name}.attention.in": a_in, f"{self.name}.attention.out": a_out,
@@ -172,17 +181,20 @@ class Transformer(nnx.Module):
         self.pos_conv_embed = PositionalConv(spec)
         self.layer_norm = L.LayerNorm(spec["hidden_size"], spec["layer_norm_eps"])
         self.layers = nnx.List([Layer(spec, i) for i in range(spec["num_hidden_layers"])])
-        self.biased = positions.kind(spec) == "gated"
+        self.biased = positions.kind(spec) == "gated" and len(self.layers) > 0
 
     def __call__(self, x, mask, call: L.Call):                           # (B, T, D) -> (B, T, D), states, taps
+        x, states, taps = self.body(x, mask, call)
+        return self.layer_norm(x) if self.pre else x, states, taps
+
+    def body(self, x, mask, call: L.Call):
         x = L.zero_padding(x, mask)
         x = x + self.pos_conv_embed(x, call)
         if not self.pre:
             x = self.layer_norm(x)
         x = L.dropout(x, self.rate, call, EMBEDDING)
         bias = self.layers[0].attention.shared(x.shape[1]) if self.biased else None
-        x, states, taps = L.run(self.layers, x, mask, call, bias=bias)
-        return self.layer_norm(x) if self.pre else x, states, taps
+        return L.run(self.layers, x, mask, call, bias=bias)
 
 
 class Encoder(nnx.Module):
@@ -199,15 +211,15 @@ class Encoder(nnx.Module):
         if self.masking:
             self.masked_spec_embed = L.param(spec["hidden_size"])
 
-    def __call__(self, call: L.Call, input_values, attention_mask=None) -> Outputs:
-        spec = self.spec
+    def __call__(self, call: L.Call, input_values, attention_mask=None, **given) -> Outputs:
+        spec = self.spec                                                 # `given`: what a transformer reads beside
         x = front = self.feature_extractor(input_values.astype(self.feature_projection.projection.weight.dtype), call)
         lengths = None if attention_mask is None else frames(spec, attention_mask.sum(-1))          # (B,)
         mask = L.frame_mask(lengths, x.shape[1])                                                     # (B, T)
         x = projected = L.dropout(self.feature_projection(x), spec["feat_proj_dropout"], call, EMBEDDING + 100)
         if call.key is not None and self.masking and spec.get("apply_spec_augment", True):
             x = self.augment(x, lengths, call)
-        x, states, taps = self.encoder(x, mask, call)
+        x, states, taps = self.encoder(x, mask, call, **given)
         taps |= call.keep({"frontend": front, "projection": projected}, mask)
         if self.adapted:
             x, lengths = self.adapter(x), None if lengths is None else self.adapter.frames(lengths)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxslim.models import adapters
 from jaxslim.models import layers as L
 from jaxslim.models.mixers import Attention
 from jaxslim.models.wav2vec2 import EMBEDDING, span_mask
@@ -61,22 +62,26 @@ class Layer(nnx.Module):
         S positions, written from `at` on. -> x, taps, cache."""
         call, name, start = call.fold(self.index), self.name, x
         a_in = self.self_attn_layer_norm(x)
-        if cache is None:
-            cache = self.self_attn.keys(a_in)
+        if not self.decoder:
+            a_out = self.self_attn(a_in, mask, call.fold(2))
         else:
-            cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, 1)
-                          for old, new in zip(cache, self.self_attn.keys(a_in), strict=True))
-        a_out = self.self_attn.attend(a_in, *cache, mask, call.fold(2))
+            new = self.self_attn.keys(a_in)
+            cache = new if cache is None else tuple(
+                jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), at, 1)
+                for old, x in zip(cache, new, strict=True))
+            a_out = self.self_attn.attend(a_in, *cache, mask, call.fold(2))
+        a_out = adapters.adapt(self, "attention", x, a_in, a_out, call)
         x = x + L.dropout(a_out, self.rate, call, 3)
         taps = {f"{name}.attention.in": a_in, f"{name}.attention.out": a_out}
         if self.decoder:
             c_in = self.encoder_attn_layer_norm(x)
             c_out = self.encoder_attn.attend(c_in, *cross, None, call.fold(6))
+            c_out = adapters.adapt(self, "cross", x, c_in, c_out, call)
             x = x + L.dropout(c_out, self.rate, call, 7)
             taps |= {f"{name}.cross.in": c_in, f"{name}.cross.out": c_out}
         f_in = self.final_layer_norm(x)
-        f_out = self.ffn(f_in, call)
-        x = x + L.dropout(f_out, self.rate, call, 4)
+        f_out = adapters.adapt(self, "ffn", x, f_in, self.ffn(f_in, call), call)
+        x = adapters.adapt_layer(self, "ffn", x + L.dropout(f_out, self.rate, call, 4), call)
         if call.key is not None and self.drop:
             x = jnp.where(jax.random.bernoulli(jax.random.fold_in(call.key, 5), self.drop), start, x)
         taps |= {f"{name}.ffn.in": f_in, f"{name}.ffn.out": f_out, name: x}
@@ -114,7 +119,7 @@ class Encoder(nnx.Module):
 
 class Decoder(nnx.Module):
     def __init__(self, spec: Spec):
-        self.rate = spec["dropout"]
+        self.rate, self.padding = spec["dropout"], spec.get("pad_token_id")
         self.embed_tokens = L.Weight(spec["vocab_size"], spec["d_model"])
         self.embed_positions = L.Weight(spec["max_target_positions"], spec["d_model"])
         self.layers = nnx.List([Layer(spec, "decoder", i) for i in range(spec["decoder_layers"])])
@@ -122,7 +127,7 @@ class Decoder(nnx.Module):
 
     def __call__(self, ids, cross: Cache, call: L.Call, positions, mask, cache: Cache | None = None, at=0):
         """ids, positions (B, T), mask (B, T, S) -> (B, T, D), states, taps, cache."""
-        x = self.embed_tokens()[ids] + self.embed_positions()[positions]
+        x = L.lookup(self.embed_tokens(), ids, self.padding) + self.embed_positions()[positions]
         x = L.dropout(x, self.rate, call, EMBEDDING)
         x, states, taps, cache = _run(self.layers, x, call, cross, mask, cache, at)
         x = self.layer_norm(x)

@@ -1,0 +1,178 @@
+"""Recurrences over time in chunks: what is quadratic inside a chunk is a matrix product, between chunks a state is
+carried. Each function takes the state before the first frame and returns the one after the last, so a long input may
+come in pieces of any length; each equals its plain recurrence, written in its docstring, whatever the chunk.
+
+A frame with dt = 0 (`ssd`, `selective`), beta = g = 0 (`delta`) or k = 0 (`causal`) leaves the state as it is: that is
+how padded frames are kept out, and why flipping a padded batch reverses each row in its own length.
+
+All run in fp32. Shapes: B batch, T frames, n chunks of Q frames, H heads, G groups of R heads, P channels of a head,
+N, F and K, V sizes of the state. Exponents of decays are sums of numbers <= 0 and masked before exp, so that neither
+values nor gradients overflow. `*_macs` count the multiply-accumulates for one row, as traced.
+"""
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def segments(fn, state, xs, size: int):
+    """fn(state, xs) -> (state, ys), on `size` frames of axis 1 at a time: memory of one segment, results of all. `fn`
+    must leave the state alone at the zeros that complete the last segment."""
+    rows, length = jax.tree.leaves(xs)[0].shape[:2]
+    if length <= size:
+        return fn(state, xs)
+    cut = lambda x: jnp.moveaxis(chunks(x, size), 1, 0)  # noqa: E731
+    state, ys = jax.lax.scan(fn, state, jax.tree.map(cut, xs))
+    return state, jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(rows, -1, *y.shape[3:])[:, :length], ys)
+
+
+def chunks(x: jax.Array, size: int) -> jax.Array:
+    """(B, T, ...) -> (B, n, Q, ...), zeros at the end."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)) + ((0, 0),) * (x.ndim - 2))
+    return x.reshape(x.shape[0], -1, size, *x.shape[2:])
+
+
+def _decays(steps: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Log decays (..., Q) -> their sums (..., Q), and the decay from j to i <= j, zero elsewhere (..., Q, Q)."""
+    total = jnp.cumsum(steps, -1)
+    lower = jnp.tril(jnp.ones((steps.shape[-1],) * 2, bool))
+    return total, jnp.exp(jnp.where(lower, total[..., :, None] - total[..., None, :], -jnp.inf))
+
+
+def ssd(x, dt, a, b, c, state=None, chunk: int = 64) -> tuple[jax.Array, jax.Array]:
+    """Mamba-2's state space duality (arXiv 2405.21060, section 6): per head, with A = a < 0,
+
+        s_t = exp(dt_t A) s_{t-1} + dt_t x_t b_t^T,    y_t = s_t c_t
+
+    Args: x (B, T, H, P), dt (B, T, H) >= 0, a (H,), b and c (B, T, G, N) shared by H / G heads, state (B, H, P, N).
+    Returns: y (B, T, H, P), the last state.
+    """
+    rows, length, heads, size = x.shape
+    groups, width = b.shape[2:]
+    x, dt, b, c = (chunks(v.astype(jnp.float32), chunk) for v in (x, dt, b, c))
+    shape = (*dt.shape[:3], groups, heads // groups)                                     # B, n, Q, G, R
+    x = (x * dt[..., None]).reshape(*shape, size)
+    steps = jnp.moveaxis((dt * a).reshape(shape), 2, -1)                                 # (B, n, G, R, Q)
+    total, decay = _decays(steps)
+    scores = jnp.einsum("bnigs,bnjgs->bngij", c, b)[:, :, :, None] * decay               # (B, n, G, R, Q, Q)
+    y = jnp.einsum("bngrij,bnjgrp->bnigrp", scores, x)
+    to_end = jnp.moveaxis(jnp.exp(total[..., -1:] - total), -1, 2)                       # (B, n, Q, G, R)
+    added = jnp.einsum("bnjgs,bnjgrp->bngrps", b, x * to_end[..., None])                 # (B, n, G, R, P, N)
+    kept = jnp.exp(total[..., -1])[..., None, None]                                      # (B, n, G, R, 1, 1)
+    zero = jnp.zeros(added.shape[:1] + added.shape[2:])
+    state = zero if state is None else state.reshape(zero.shape)
+    state, before = jax.lax.scan(lambda s, now: (now[0] * s + now[1], s), state,
+                                 (jnp.moveaxis(kept, 1, 0), jnp.moveaxis(added, 1, 0)))
+    y += jnp.einsum("bnigs,nbgrps->bnigrp", c, before) * jnp.moveaxis(jnp.exp(total), -1, 2)[..., None]
+    return y.reshape(rows, -1, heads, size)[:, :length], state.reshape(rows, heads, size, width)
+
+
+def ssd_macs(frames: int, heads: int, size: int, groups: int, width: int, chunk: int) -> int:
+    return -(-frames // chunk) * chunk * (chunk * (groups * width + heads * size) + 2 * heads * size * width)
+
+
+def selective(x, dt, a, b, c, state=None, chunk: int = 32) -> tuple[jax.Array, jax.Array]:
+    """Mamba's selective scan (arXiv 2312.00752, section 3.2): per channel, with a (C, N) < 0,
+
+        s_t = exp(dt_t a) s_{t-1} + dt_t x_t b_t,    y_t = s_t . c_t
+
+    There is no form by matrix products: an associative scan inside a chunk, made again for the gradient.
+
+    Args: x, dt (B, T, C), b, c (B, T, N), state (B, C, N).
+    Returns: y (B, T, C), the last state.
+    """
+    length = x.shape[1]
+    parts = [jnp.moveaxis(chunks(v.astype(jnp.float32), chunk), 1, 0) for v in (x, dt, b, c)]
+    state = jnp.zeros((x.shape[0], *a.shape)) if state is None else state
+
+    def join(first, second):
+        return first[0] * second[0], first[1] * second[0] + second[1]
+
+    @jax.checkpoint
+    def step(state, part):
+        x, dt, b, c = part
+        decay, added = jnp.exp(dt[..., None] * a), (dt * x)[..., None] * b[:, :, None]   # (B, Q, C, N)
+        decay, added = jax.lax.associative_scan(join, (decay, added), axis=1)
+        states = added + decay * state[:, None]
+        return states[:, -1], jnp.einsum("bqcn,bqn->bqc", states, c)
+
+    state, y = jax.lax.scan(step, state, tuple(parts))
+    return jnp.moveaxis(y, 0, 1).reshape(x.shape[0], -1, x.shape[2])[:, :length], state
+
+
+def selective_macs(frames: int, channels: int, width: int, chunk: int) -> int:
+    return -(-frames // chunk) * chunk * channels * width
+
+
+def delta(q, k, v, beta, g, state=None, chunk: int = 64) -> tuple[jax.Array, jax.Array]:
+    """The gated delta rule (arXiv 2412.06464, section 3): per head,
+
+        s_t = exp(g_t) (I - beta_t k_t k_t^T) s_{t-1} + beta_t k_t v_t^T,    y_t = s_t^T q_t
+
+    in its WY form: inside a chunk the writes u solve a unit triangular system.
+
+    Args: q, k (B, T, H, K), v (B, T, H, V), beta, g (B, T, H), state (B, H, K, V); `chunk` a power of two.
+    Returns: y (B, T, H, V), the last state.
+    """
+    rows, length, heads, _ = v.shape
+    q, k, v, beta, g = (jnp.moveaxis(chunks(x.astype(jnp.float32), chunk), 3, 2) for x in (q, k, v, beta, g))
+    total, decay = _decays(g)                                                            # (B, n, H, Q[, Q])
+    above, product = jnp.exp(total)[..., None], functools.partial(jnp.einsum, "bnhik,bnhjk->bnhij")
+    inverse = unit_inverse(jnp.tril(product(k * beta[..., None], k) * decay, -1))
+    u, w = inverse @ (v * beta[..., None]), inverse @ (k * beta[..., None] * above)      # (B, n, H, Q, V | K)
+    to_end = jnp.exp(total[..., -1:] - total)[..., None]
+    state = jnp.zeros((rows, heads, k.shape[-1], v.shape[-1])) if state is None else state
+
+    def step(state, part):
+        u, w, q, scores, k, kept = part
+        new = u - w @ state                                                              # (B, H, Q, V)
+        return kept * state + jnp.swapaxes(k, -1, -2) @ new, q @ state + scores @ new
+
+    parts = (u, w, q * above, product(q, k) * decay, k * to_end, jnp.exp(total[..., -1])[..., None, None])
+    state, y = jax.lax.scan(step, state, tuple(jnp.moveaxis(part, 1, 0) for part in parts))
+    return y.transpose(1, 0, 3, 2, 4).reshape(rows, -1, heads, v.shape[-1])[:, :length], state
+
+
+def unit_inverse(m: jax.Array) -> jax.Array:
+    """(I + m)^-1 for strictly lower triangular m (..., Q, Q), Q a power of two: inverses of the diagonal blocks, twice
+    as large each time. Only products, and no cancellation as in the series of powers of m."""
+    size, lead = m.shape[-1], m.shape[:-2]
+    inverse, s = jnp.ones((*lead, size, 1, 1), m.dtype), 1
+    while s < size:
+        blocks = jnp.swapaxes(m.reshape(*lead, size // s, s, size // s, s), -3, -2)
+        even = jnp.arange(0, size // s, 2)
+        first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+        corner = -(second @ (blocks[..., even + 1, even, :, :] @ first))
+        inverse = jnp.concatenate([jnp.concatenate([first, jnp.zeros_like(first)], -1),
+                                   jnp.concatenate([corner, second], -1)], -2)
+        s *= 2
+    return inverse[..., 0, :, :]
+
+
+def delta_macs(frames: int, heads: int, k: int, v: int, chunk: int) -> int:
+    inside = chunk**2 * (3 * k + 2 * v) + 3 * chunk * k * v + chunk * (chunk**2 - 1) // 3
+    return -(-frames // chunk) * heads * inside
+
+
+def causal(q, k, v, state=None, chunk: int = 64) -> tuple[jax.Array, jax.Array]:
+    """Causal linear attention without its denominator (arXiv 2006.16236, section 3.3): s_t = s_{t-1} + k_t v_t^T,
+    y_t = s_t^T q_t.
+
+    Args: q, k (B, T, H, F), v (B, T, H, V), state (B, H, F, V).
+    Returns: y (B, T, H, V), the last state.
+    """
+    rows, length, heads, _ = v.shape
+    q, k, v = (chunks(x.astype(jnp.float32), chunk) for x in (q, k, v))
+    scores = jnp.tril(jnp.einsum("bnihf,bnjhf->bnhij", q, k))
+    y = jnp.einsum("bnhij,bnjhv->bnihv", scores, v)
+    added = jnp.einsum("bnjhf,bnjhv->nbhfv", k, v)
+    state = jnp.zeros(added.shape[1:]) if state is None else state
+    state, before = jax.lax.scan(lambda s, new: (s + new, s), state, added)
+    y += jnp.einsum("bnihf,nbhfv->bnihv", q, before)
+    return y.reshape(rows, -1, heads, v.shape[-1])[:, :length], state
+
+
+def causal_macs(frames: int, heads: int, features: int, v: int, chunk: int) -> int:
+    return -(-frames // chunk) * chunk * heads * (chunk * (features + v) + 2 * features * v)

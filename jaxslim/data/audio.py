@@ -37,8 +37,8 @@ def load(source: bytes | str | os.PathLike, sampling_rate: int = 16000, name: st
       AudioError: missing, empty or corrupt file, Git LFS pointer, no samples, NaN or infinite samples.
       ImportError: neither soundfile nor PyAV is installed.
     """
-    data, name = _read(source, name)
-    wave, rate = _decode(data, name)
+    data, name = read(source, name)
+    wave, rate = decode(data, name)
     wave = wave.mean(axis=1, dtype=np.float32) if wave.shape[1] != 1 else wave[:, 0]  # (samples,)
     if not wave.size:
         raise AudioError(f"{name} holds no audio samples.")
@@ -49,17 +49,17 @@ def load(source: bytes | str | os.PathLike, sampling_rate: int = 16000, name: st
 
 def seconds(source: bytes | str | os.PathLike, name: str | None = None) -> float:
     """Length of a clip in seconds, from its header where that suffices, else by decoding it. Errors as `load`."""
-    sf = _soundfile()
+    sf = soundfile()
     if sf is not None:
         local = isinstance(source, (str, os.PathLike)) and "://" not in str(source)
         try:  # a local file is not read whole only to see its header
-            info = sf.info(os.fspath(source) if local else io.BytesIO(_read(source, name)[0]))
+            info = sf.info(os.fspath(source) if local else io.BytesIO(read(source, name)[0]))
             if 0 < info.frames < 2**40:  # some streams say "unknown" by a huge number
                 return info.frames / info.samplerate
         except (sf.LibsndfileError, TypeError):
             pass
-    data, name = _read(source, name)
-    wave, rate = _decode(data, name)
+    data, name = read(source, name)
+    wave, rate = decode(data, name)
     if not len(wave):
         raise AudioError(f"{name} holds no audio samples.")
     return len(wave) / rate
@@ -84,7 +84,8 @@ def normalize(wave: np.ndarray) -> np.ndarray:
     return ((wave - wave.mean()) / np.sqrt(wave.var() + 1e-7)).astype(np.float32, copy=False)
 
 
-def _read(source, name) -> tuple[bytes, str]:
+def read(source, name=None) -> tuple[bytes, str]:
+    """Encoded bytes and a name for messages, of a path, URL or bytes. Raises AudioError."""
     if isinstance(source, (str, os.PathLike)):
         name = name or os.fspath(source)
         try:
@@ -108,7 +109,8 @@ def _read(source, name) -> tuple[bytes, str]:
     return data, name
 
 
-def _soundfile():
+def soundfile():
+    """The module, or None where it is not installed."""
     try:
         import soundfile
     except ImportError:
@@ -118,9 +120,9 @@ def _soundfile():
     return soundfile
 
 
-def _decode(data: bytes, name: str) -> tuple[np.ndarray, int]:
-    """-> float32 (samples, channels), rate. soundfile, then PyAV."""
-    sf, why = _soundfile(), "soundfile is not installed"
+def decode(data: bytes, name: str) -> tuple[np.ndarray, int]:
+    """Encoded bytes -> float32 (samples, channels), rate. soundfile, then PyAV. Raises AudioError."""
+    sf, why = soundfile(), "soundfile is not installed"
     if sf is not None:
         try:
             return sf.read(io.BytesIO(data), dtype="float32", always_2d=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jaxslim.data.loader import FLOOR, SLACK, Loader, Prefetch, generate
+from jaxslim.data.loader import SLACK, Loader, Prefetch, generate
 from jaxslim.data.plan import Plan, suggest_buckets
 from jaxslim.data.rows import DataError, Rows
 
@@ -22,8 +22,11 @@ __all__ = ["Batches", "suggest_buckets"]
 class Batches:
     """Iterator of dicts of numpy arrays, of one fixed shape per bucket (`shapes`):
 
+      what the task's extractor makes of clips of S samples, such as
       input_values (B, S) float32, zero beyond each clip       attention_mask (B, S) int32, 1 on samples of the clip
-      labels (B, N) int32, -100 beyond each text               row (B,) int32, index into rows, -1 for a filler row
+      what its `targets` makes of their texts, such as
+      labels (B, N) int32, -100 beyond each text
+      samples (B,) int32, the clips' lengths                   row (B,) int32, index into rows, -1 for a filler row
 
     Filler rows (mask all 0, labels all -100) complete the last batch of a bucket and stand for rows that turn out
     unusable, so a batch may consist of nothing else: weight by counts. Several hosts share the B rows out; each
@@ -31,7 +34,7 @@ class Batches:
 
     Args:
       rows: the data; rows without text are skipped unless `labels=False`, which leaves the labels out.
-      task: gives `sampling_rate`, `inputs(wave)`, `encode(text)` (tasks.CTCTask).
+      task: gives `sampling_rate`, `extractor`, `encode(text)` and `targets(labels, width)` (tasks.CTCTask).
       batch_size: rows per global batch, at most; the batches of a bucket are equally large so that few are fillers.
       batch_seconds: instead of batch_size: seconds of audio per global batch, padding included.
       multiple_of: B is a multiple of it, at least once (devices of the mesh times microbatches).
@@ -69,7 +72,7 @@ class Batches:
         seconds, labels = self._loader.seconds, self._loader.labels
         index, ids = np.array(list(seconds)), rows.column("id")
         self._plan = Plan.make(
-            index, np.array(list(seconds.values())) * self._loader.stretch,
+            index, np.maximum(np.array(list(seconds.values())) * self._loader.stretch, task.extractor.window),
             np.array([0 if labels is None else len(labels[i]) for i in seconds]), [ids[i] for i in index],
             rate=task.sampling_rate, buckets=buckets, size=batch_size or (8 if batch_seconds is None else None),
             seconds=batch_seconds, multiple=multiple_of, seed=seed, shuffle=shuffle,
@@ -145,6 +148,10 @@ class Batches:
         """Stops the background thread; the position stays."""
         self._restart(self._position)
 
+    def fillers(self) -> dict[str, np.ndarray]:
+        """The largest batch there is, of filler rows only: for its shapes."""
+        return self._loader.batch(0, max(self._plan.shapes, key=lambda s: (s[0] * s[1], s[1])), np.empty(0, np.int32))
+
     def get_state(self) -> dict:
         """The position after the last batch handed out, for JSON."""
         epoch, batch = self._position
@@ -170,14 +177,14 @@ class Batches:
 
     def _select(self, longest, low, high, unknown) -> None:
         """Every row becomes a length (and labels) or an entry of `skipped`."""
-        loader, texts = self._loader, self.rows.column("text")
+        loader, texts, shortest = self._loader, self.rows.column("text"), self.task.extractor.shortest
         for i, length in enumerate(loader.durations()):
             if isinstance(length, DataError):
                 loader.skip(i, str(length))
             elif not (low or 0) - 1e-6 <= length <= (high or math.inf) + 1e-6:
                 loader.skip(i, f"{length:.3f} s long, outside min_seconds to max_seconds", asked=True)
-            elif length < FLOOR:
-                loader.skip(i, f"{length * 1000:.0f} ms long, shorter than one frame ({FLOOR * 1000:.0f} ms)")
+            elif length < shortest:
+                loader.skip(i, f"{length * 1000:.0f} ms long, shorter than one frame ({shortest * 1000:.0f} ms)")
             elif length * loader.stretch > longest + SLACK:
                 loader.skip(i, f"{length:.2f} s long, over the largest bucket; drop such rows by max_seconds")
             elif loader.labels is not None and not (texts[i] or "").strip():

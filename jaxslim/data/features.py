@@ -17,19 +17,18 @@ from jaxslim.data import mel
 SIZE, HOP, FFT, EMPHASIS = 400, 160, 512, 0.97  # samples of a window and of a step, bins, pre-emphasis of both
 
 
-def for_family(family: str, waves: Sequence[np.ndarray], **options) -> dict[str, np.ndarray]:
-    """Features of clips for a model family. Raises KeyError when the family reads no features of this file."""
-    return {"parakeet_ctc": parakeet, "parakeet_encoder": parakeet, "wav2vec2-bert": fbank}[family](waves, **options)
-
-
-def parakeet(waves: Sequence[np.ndarray], mels: int = 80) -> dict[str, np.ndarray]:
-    """Mono clips at 16 kHz -> input_features (B, T, mels), attention_mask (B, T), padded to the longest clip.
+def parakeet(waves: Sequence[np.ndarray | None], mels: int = 80, samples: int | None = None) -> dict[str, np.ndarray]:
+    """Mono clips at 16 kHz -> input_features (B, T, mels), attention_mask (B, T), padded to the longest clip or to the
+    frames of `samples`; None is a row of padding.
 
     Frames are centred, so there is one more than whole steps; like the extractor's, it is masked. Mean and deviation
     of a bin are those of the clip's own frames.
     """
     rows = []
     for wave in waves:
+        if wave is None:
+            rows.append(np.zeros((0, mels)))
+            continue
         x = np.asarray(wave, np.float64)
         x = np.concatenate([x[:1], x[1:] - EMPHASIS * x[:-1]])
         frames = _frames(np.pad(x, (FFT // 2, FFT // 2)), FFT)                                        # (T, 512)
@@ -38,16 +37,21 @@ def parakeet(waves: Sequence[np.ndarray], mels: int = 80) -> dict[str, np.ndarra
         if len(log) < 2:
             raise ValueError(f"Audio of {len(x)} samples is too short for features: at least {2 * HOP} are needed.")
         rows.append((log - log.mean(0)) / (log.std(0, ddof=1) + 1e-5))
-    return _batch(rows, max(len(wave) for wave in waves) // HOP + 1)
+    return _batch(rows, (samples or max(len(wave) for wave in waves if wave is not None)) // HOP + 1)
 
 
-def fbank(waves: Sequence[np.ndarray], mels: int = 80, stack: int = 2) -> dict[str, np.ndarray]:
-    """Mono clips at 16 kHz -> input_features (B, T, stack * mels), attention_mask (B, T), padded to the longest clip.
+def fbank(waves: Sequence[np.ndarray | None], mels: int = 80, stack: int = 2,
+          samples: int | None = None) -> dict[str, np.ndarray]:
+    """Mono clips at 16 kHz -> input_features (B, T, stack * mels), attention_mask (B, T), padded to the longest clip or
+    to the frames of `samples`; None is a row of padding.
 
     Whole windows only. A last frame that fills no stack is padded and masked, as the extractor does it.
     """
     rows = []
     for wave in waves:
+        if wave is None:
+            rows.append(np.zeros((0, mels)))
+            continue
         x = np.asarray(wave, np.float64) * 2**15                                                      # 16-bit numbers
         if len(x) < SIZE + HOP:
             raise ValueError(f"Audio of {len(x)} samples is too short for features: at least {SIZE + HOP} are needed.")
@@ -57,7 +61,7 @@ def fbank(waves: Sequence[np.ndarray], mels: int = 80, stack: int = 2) -> dict[s
         power = _power(frames * np.hanning(SIZE) ** 0.85, FFT)                                        # Povey's window
         log = np.log(np.maximum(power @ _kaldi(mels), 2.0**-23))                                      # (T, M)
         rows.append((log - log.mean(0)) / np.sqrt(log.var(0, ddof=1) + 1e-7))
-    longest = max(map(len, rows))
+    longest = (samples - SIZE) // HOP + 1 if samples else max(map(len, rows))
     out = _batch(rows, -(-longest // stack) * stack)
     values, mask = out["input_features"], out["attention_mask"]
     return {"input_features": values.reshape(len(rows), -1, stack * mels),

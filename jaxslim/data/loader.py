@@ -12,7 +12,6 @@ import numpy as np
 
 from jaxslim.data.rows import DataError, Rows
 
-FLOOR = 0.025  # seconds: shorter than the first frame of every wav2vec2-like front end (400 samples at 16 kHz)
 SLACK = 0.05  # seconds by which a clip may exceed its bucket (rounded durations); so much of its end is cut
 
 
@@ -26,6 +25,8 @@ class Loader:
         self.stretch: float = getattr(augment, "stretch", 1.0)
         self.seconds: dict[int, float] = {}  # of the usable rows
         self.labels: dict[int, np.ndarray] | None = {} if labels else None
+        ids = rows.column("adapter_id")  # which adapter of a model with several a row trains or uses; none = the base
+        self.adapter_ids = None if all(i is None for i in ids) else np.array([-1 if i is None else i for i in ids])
         self.skipped: dict[int, str] = {}
         self._bad: set[int] = set()  # skipped, but not because the user asked for it
         self._cache: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
@@ -70,23 +71,14 @@ class Loader:
         rows = np.full(local * self.hosts, -1, np.int32)
         rows[: len(members)] = members
         rows = rows[self.host * local : (self.host + 1) * local].copy()
-        out = {
-            "input_values": np.zeros((local, samples), np.float32),
-            "attention_mask": np.zeros((local, samples), np.int32),
-            "row": rows,
-        }
+        waves = list(self._map(lambda i: None if i < 0 else self._wave(int(i), epoch, samples), rows))
+        rows[[wave is None for wave in waves]] = -1
+        out = self.task.extractor(waves, samples)
+        out |= {"row": rows, "samples": np.array([0 if wave is None else len(wave) for wave in waves], np.int32)}
         if self.labels is not None:
-            out["labels"] = np.full((local, width), -100, np.int32)
-        used = [b for b in range(local) if rows[b] >= 0]
-        for b, wave in zip(used, self._map(lambda b: self._wave(int(rows[b]), epoch, samples), used)):
-            if wave is None:
-                rows[b] = -1
-                continue
-            out["input_values"][b, : len(wave)] = self.task.inputs(wave)
-            out["attention_mask"][b, : len(wave)] = 1
-            if self.labels is not None:
-                labels = self.labels[int(rows[b])]
-                out["labels"][b, : len(labels)] = labels
+            out |= self.task.targets([self.labels[int(i)] if i >= 0 else () for i in rows], width)
+        if self.adapter_ids is not None:
+            out["adapter_ids"] = np.where(rows >= 0, self.adapter_ids[rows], -1).astype(np.int32)
         self.check()
         return out
 
@@ -101,7 +93,7 @@ class Loader:
             self.skip(i, str(error))
             return None
         # judged before augmentation: whether a row is skipped must not depend on the epoch
-        if len(wave) < FLOOR * rate or len(wave) * self.stretch > samples + SLACK * rate:
+        if len(wave) < self.task.extractor.shortest * rate or len(wave) * self.stretch > samples + SLACK * rate:
             self.skip(i, f"{len(wave) / rate:.3f} s of audio where its duration says {self.seconds[i]:.3f} s")
             return None
         if self.augment is not None:

@@ -20,7 +20,8 @@ RATE, SIZE, HOP = 16000, 400, 160   # samples a second, a window, a frame
 WINDOW = 30 * RATE                  # samples that the model takes at once
 
 
-def features(waves: Sequence[np.ndarray], mels: int = 80, *, longest: bool = False) -> tuple[jax.Array, np.ndarray]:
+def features(waves: Sequence[np.ndarray], mels: int = 80, *, longest: bool = False,
+             samples: int = WINDOW) -> tuple[jax.Array, np.ndarray]:
     """Mono clips at 16 kHz -> input_features (B, mels, T) and attention_mask (B, T), 1 where there is audio.
 
     Args:
@@ -28,9 +29,10 @@ def features(waves: Sequence[np.ndarray], mels: int = 80, *, longest: bool = Fal
       mels: 80, or 128 for large-v3 and turbo.
       longest: False pads (and cuts) every clip to 30 s; True pads to the longest clip, which is what decoding of long
         audio wants (`generate` cuts the windows itself). The loudest moment of the whole clip sets the range.
+      samples: to which every clip is padded or cut unless `longest`.
     """
     waves = [np.asarray(w, np.float32).reshape(-1) for w in waves]
-    length = max(map(len, waves)) if longest else WINDOW
+    length = max(map(len, waves)) if longest else samples
     if length < SIZE:
         raise ValueError(f"Audio of {length} samples is shorter than one window ({SIZE} samples, 25 ms).")
     batch = np.stack([np.pad(w[:length], (0, max(0, length - len(w)))) for w in waves])

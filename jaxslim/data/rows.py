@@ -64,11 +64,15 @@ class Rows(Sequence):
         """The values of one column (None where a row has none), without touching audio."""
         return [record.get(name) for record in self._records]
 
+    def record(self, i: int) -> Mapping[str, Any]:
+        """Row i as it is kept: without reading its audio's bytes."""
+        return self._records[i]
+
     def audio(self, i: int, sampling_rate: int = 16000) -> np.ndarray:
         """Decodes row i: float32 (samples,), mono. Raises AudioError naming the row and its file."""
         from jaxslim.data import audio
 
-        source, name = self._source(i)
+        source, name = self.source(i)
         wave = audio.load(source, sampling_rate, name)
         record = self._records[i]
         if record.get("offset") not in (None, ""):  # NeMo: a piece of a long file
@@ -82,7 +86,7 @@ class Rows(Sequence):
     def duration(self, i: int) -> float:
         """Seconds of row i: the `duration` column if it has one, else from the file's header. Raises AudioError."""
         if self._records[i]["audio"] is None:
-            self._source(i)  # raises
+            self.source(i)  # raises
         try:
             value = float(self._records[i].get("duration") or 0)
         except (TypeError, ValueError):
@@ -92,7 +96,7 @@ class Rows(Sequence):
         if i not in self._seconds:
             from jaxslim.data import audio
 
-            source, name = self._source(i)
+            source, name = self.source(i)
             self._seconds[i] = audio.seconds(source, name) - float(self._records[i].get("offset") or 0)
         return self._seconds[i]
 
@@ -113,7 +117,8 @@ class Rows(Sequence):
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
-    def _source(self, i: int) -> tuple[Any, str]:
+    def source(self, i: int) -> tuple[Any, str]:
+        """Encoded bytes or path of row i, and its name for messages. Raises AudioError if the row has no audio."""
         record = self._records[i]
         audio = record["audio"]
         if audio is None:
@@ -124,13 +129,14 @@ class Rows(Sequence):
         return data, f"{record['id']} ({audio['path'] or 'bytes'} in {self.name})"
 
 
-def load_rows(data: str | os.PathLike, *, text_column: str | None = None, audio_column: str | None = None,
+def load_rows(data: str | os.PathLike | Rows, *, text_column: str | None = None, audio_column: str | None = None,
               limit: int | None = None) -> Rows:  # fmt: skip
-    """Reads DATA.
+    """Reads DATA; Rows are given back as they are.
 
     Args:
       data: `bundled:prompts-en/train` (package data), a Parquet file, a folder with metadata.csv or metadata.jsonl (or
-        Parquet files), a JSONL, TSV or CSV manifest (NeMo and Common Voice columns are known), or a Hugging Face data
+        Parquet files), WebDataset tar files (`part-{000..015}.tar`), a JSONL,
+        TSV or CSV manifest (NeMo and Common Voice columns are known), or a Hugging Face data
         set as `hf:NAME[:CONFIG][/SPLIT]` or by its plain name. Several are joined with `+`; `3*DATA` takes its rows
         three times an epoch. Relative audio paths are relative to the manifest.
       text_column, audio_column: names to use where the usual ones (see ALIASES) do not fit.
@@ -138,6 +144,8 @@ def load_rows(data: str | os.PathLike, *, text_column: str | None = None, audio_
     Raises:
       DataError: nothing found, no usable columns, or a broken table.
     """
+    if isinstance(data, Rows):
+        return data if limit is None else data[:limit]
     data = os.fspath(data)
     parts = [data] if "+" not in data or os.path.exists(data) else [part.strip() for part in data.split("+")]
     from jaxslim.data import tables  # it needs DataError

@@ -25,6 +25,10 @@ def read(source: str) -> tuple[list[dict], Any]:
         return _parquet(path), path.parent
     if source.startswith("hf:"):
         return _hugging_face(source.removeprefix("hf:")), None
+    if source.lower().endswith((".tar", ".tar.gz", ".tgz")):
+        from jaxslim.data import tar
+
+        return tar.read(source), None
     path = _path(source)
     kind = path.suffix.lower()
     if path.is_dir():

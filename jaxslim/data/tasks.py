@@ -1,24 +1,23 @@
 """From a row of data to a model's inputs and labels, and back from its output to text.
 
-A task has `sampling_rate`, `inputs(wave)`, `encode(text)` and `decode(ids)`; Batches asks for nothing else.
+A task of speech has `extractor` (what the model takes of audio), `encode(text)` and `targets(labels, width)` for what
+the loss reads, `transcript(ids)` for what the model said. Here is CTC over characters; tokenized.py has the others, and
+`task_of`, which finds that of a model.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import os
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from jaxslim.data import audio
+from jaxslim.data.extractor import Extractor
+from jaxslim.data.extractor import read_json as _json
 from jaxslim.data.rows import DataError
-
-TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
 
 
 class VocabularyError(DataError):
@@ -43,9 +42,7 @@ class CTCTask:
     word_delimiter: str = "|"
     replace_word_delimiter: str = " "
     do_lower_case: bool = False  # as in transformers: upper case in, lower case out
-    sampling_rate: int = 16000
-    do_normalize: bool = True
-    return_attention_mask: bool = True  # False: the model was trained on zero-padded audio without a mask
+    extractor: Extractor = Extractor()
 
     def __post_init__(self):
         ids = list(self.vocabulary.values())
@@ -61,9 +58,13 @@ class CTCTask:
         object.__setattr__(self, "_tokens", {i: t for t, i in self.vocabulary.items()})
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> CTCTask:
-        """Reads vocab.json, tokenizer_config.json, preprocessor_config.json or processor_config.json of a HF folder.
+    def from_pretrained(cls, folder: str | os.PathLike, family: str = "wav2vec2", language: str | None = None,
+                        vocab_size: int | None = None) -> CTCTask:
+        """Reads vocab.json, tokenizer_config.json, and what Extractor reads, of a HF folder.
 
+        Args:
+          language: of an MMS model; None is the tokenizer's own.
+          vocab_size: outputs of the model; None is what config.json says.
         Raises:
           DataError: a file is missing or broken, or the vocabulary does not fit the model's config.json.
         """
@@ -74,19 +75,12 @@ class CTCTask:
         kind = tokenizer.get("tokenizer_class", "Wav2Vec2CTCTokenizer")
         if kind != "Wav2Vec2CTCTokenizer":
             raise DataError(f"{folder} uses the tokenizer {kind}; only Wav2Vec2CTCTokenizer (characters) is supported.")
-        if language := tokenizer.get("target_lang"):
+        if language := language or tokenizer.get("target_lang"):
             if language not in vocabulary:
                 raise DataError(f"{folder}/vocab.json has no language {language!r}; it has {', '.join(vocabulary)}.")
             vocabulary = vocabulary[language]
-        features = _json(folder, "preprocessor_config.json")
-        if features is None:
-            features = (_json(folder, "processor_config.json") or {}).get("feature_extractor")
-        if features is None:
-            raise DataError(
-                f"{folder} has neither preprocessor_config.json nor a feature_extractor in processor_config.json; "
-                "they say how the model wants its audio (rate, normalisation)."
-            )
-        size = (_json(folder, "config.json") or {}).get("vocab_size")
+        extractor = Extractor.from_pretrained(folder, family)
+        size = vocab_size or (_json(folder, "config.json") or {}).get("vocab_size")
         if size is not None and vocabulary and max(vocabulary.values(), default=0) >= size:
             top = max(vocabulary.values())
             raise DataError(f"{folder}/vocab.json has ids up to {top}, but the model has {size} outputs.")
@@ -102,10 +96,12 @@ class CTCTask:
             word_delimiter=token("word_delimiter_token", "|"),
             replace_word_delimiter=tokenizer.get("replace_word_delimiter_char", " "),
             do_lower_case=tokenizer.get("do_lower_case", False),
-            sampling_rate=features.get("sampling_rate", 16000),
-            do_normalize=features.get("do_normalize", True),
-            return_attention_mask=features.get("return_attention_mask", False),  # the default of transformers
+            extractor=extractor,
         )
+
+    @property
+    def sampling_rate(self) -> int:
+        return self.extractor.sampling_rate
 
     @property
     def blank_id(self) -> int:
@@ -113,7 +109,15 @@ class CTCTask:
 
     def inputs(self, wave: np.ndarray) -> np.ndarray:
         """(samples,) at `sampling_rate` -> float32 (samples,) as the model wants it."""
-        return audio.normalize(wave) if self.do_normalize else wave.astype(np.float32, copy=False)
+        return self.extractor.normalize(wave)
+
+    def targets(self, labels: Sequence[Sequence[int]], width: int) -> dict[str, np.ndarray]:
+        """Label ids of each row, at most `width` -> what the loss reads: `labels` (B, width), -100 beyond each."""
+        return {"labels": padded(labels, width, -100)}
+
+    def transcript(self, ids: np.ndarray) -> str:
+        """The best symbol of each frame (T,) -> text."""
+        return self.decode(_collapsed(ids), collapse=False)
 
     def encode(self, text: str) -> np.ndarray:
         """Text -> int32 ids (N,); runs of white space count as one space.
@@ -152,76 +156,15 @@ class CTCTask:
         return None
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class TextTask:
-    """Texts with one label each, for a text encoder's classification head; the tokenizer is transformers' own."""
-
-    tokenizer: Any
-    labels: Mapping[str, int]  # name -> class
-    max_length: int = 512  # tokens; longer texts are cut, as transformers does with truncation=True
-
-    @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, max_length: int | None = None) -> TextTask:
-        """Reads a HF folder's tokenizer and the classes (label2id) of its config.json.
-
-        Raises:
-          DataError: there is no tokenizer, or none with a padding token.
-        """
-        from transformers import AutoTokenizer  # lazy: a second, and only text needs it
-
-        config = _json(folder, "config.json") or {}
-        if not any(os.path.exists(os.path.join(folder, name)) for name in TOKENIZERS):  # else it is made empty
-            raise DataError(f"{folder} has no tokenizer; a text model needs one of {', '.join(TOKENIZERS)} there.")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(os.fspath(folder))
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise DataError(f"{folder} has no tokenizer that transformers can open: {reason}.") from error
-        if tokenizer.pad_token_id is None:
-            raise DataError(f"{folder}: its tokenizer has no padding token.")
-        names = config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(config.get("num_labels", 2))}
-        longest = config.get("max_position_embeddings", 512)
-        if config.get("model_type") == "roberta":  # positions start behind that of padding
-            longest -= config.get("pad_token_id", 1) + 1
-        longest = min(longest, tokenizer.model_max_length)
-        return cls(tokenizer, {name: int(i) for i, name in names.items()}, min(max_length or longest, longest))
-
-    @property
-    def pad_id(self) -> int:
-        return self.tokenizer.pad_token_id
-
-    def encode(self, text: str) -> np.ndarray:
-        """Text -> int32 ids (T,) with the special tokens, at most `max_length`."""
-        return np.array(self.tokenizer(text, truncation=True, max_length=self.max_length)["input_ids"], np.int32)
-
-    def label(self, value: Any) -> int:
-        """Name or number of a class -> its number. Raises DataError for one that the model does not know."""
-        if value in self.labels:
-            return self.labels[value]
-        try:
-            number = int(value)
-        except (TypeError, ValueError):
-            number = -1
-        if number not in self.labels.values():
-            known = ", ".join(list(self.labels)[:10])
-            raise DataError("no label" if value in (None, "") else f"label {value!r} is none of {known}")
-        return number
-
-    def decode(self, number: int) -> str:
-        """Number of a class -> its name."""
-        return next(name for name, i in self.labels.items() if i == number)
+def padded(rows: Sequence[Sequence[int]], width: int, fill: int) -> np.ndarray:
+    """Rows of ids -> int32 (B, width)."""
+    out = np.full((len(rows), width), fill, np.int32)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
 
 
-def _json(folder, name: str):
-    from etils import epath
-
-    path = epath.Path(folder) / name
-    if not path.exists():
-        return None
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path} must hold a JSON object, not {type(value).__name__}.")
-    return value
+def _collapsed(ids: np.ndarray) -> np.ndarray:
+    keep = np.ones(len(ids), bool)
+    keep[1:] = ids[1:] != ids[:-1]
+    return ids[keep]

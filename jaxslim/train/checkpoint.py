@@ -1,6 +1,7 @@
 """Orbax v1 checkpoints of a training state: asynchronous, latest few kept, restored onto any mesh."""
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from typing import Any
@@ -29,9 +30,11 @@ class Checkpoints:
         self._manager = self._open()
 
     def save(self, step: int, state: Any, meta: dict) -> None:
-        """Starts an asynchronous save; an earlier one still running is waited for."""
-        if step not in self.steps():
-            self._manager.save_async(step, _tree(state), custom_metadata=meta)
+        """Starts an asynchronous save; an earlier one still running is waited for. Raises CheckpointError when that
+        one failed (a full disk); those before it are kept."""
+        with self._failures():
+            if step not in self.steps():
+                self._manager.save_async(step, _tree(state), custom_metadata=meta)
 
     def steps(self) -> list[int]:
         return sorted(c.step for c in self._manager.checkpoints)
@@ -61,8 +64,27 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        """Waits for the last save."""
-        self._manager.close()
+        """Waits for the last save; errors as `save`."""
+        with self._failures():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _failures(self):
+        try:
+            yield
+        except Exception as error:  # orbax, tensorstore and the file system each have their own
+            why = next((e for e in _causes(error) if isinstance(e, OSError)), error)
+            kept = max((int(p.name) for p in self.folder.iterdir() if p.name.isdigit()), default=None)
+            rest = "there is none before it" if kept is None else f"the newest complete one is of step {kept}"
+            why = " ".join(str(why).split())[:200]
+            raise CheckpointError(f"A checkpoint could not be written to {self.folder} ({why}); {rest}. Make room and "
+                                  "run it again.") from error
+
+
+def _causes(error: BaseException | None):
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _tree(state: Any) -> dict:

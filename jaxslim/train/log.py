@@ -10,6 +10,7 @@ call does nothing. TensorFlow is not needed.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -52,6 +53,36 @@ def read(path: str | os.PathLike) -> list[dict[str, Any]]:
         if row is not None:
             rows.append(row)
     return rows
+
+
+@contextlib.contextmanager
+def process_log(folder: str | os.PathLike):
+    """What this process logs, with times, also in folder/logs/process-NNNN.log (local folders only)."""
+    if "://" in os.fspath(folder):
+        yield
+        return
+    import jax
+
+    path = epath.Path(folder) / "logs" / f"process-{jax.process_index():04d}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger, before = logging.getLogger("jaxslim"), logging.getLogger("jaxslim").level
+    logger.addHandler(handler)
+    if logger.getEffectiveLevel() > logging.INFO:
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (ValueError, RuntimeError)) and type(error).__module__.startswith("jaxslim"):
+            handler.handle(logger.makeRecord(logger.name, logging.WARNING, "", 0, f"The run ended: {error}", (), None))
+        else:
+            logger.exception("The run ended by a defect.")
+        raise
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+        handler.close()
 
 
 class Logger:

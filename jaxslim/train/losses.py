@@ -37,22 +37,58 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> Term:
     return Term(jnp.where(valid, losses, 0.0).sum(), valid.sum().astype(jnp.float32))
 
 
+DISTANCES = ("mse", "ln_mse", "cosine", "l1", "l1_cosine", "log_sigmoid", "l1_log_sigmoid")
+
+
 def hidden(student: jax.Array, teacher: jax.Array, mask: jax.Array, distance: str = "ln_mse") -> Term:
     """Distance of hidden states (B, T, D) over valid frames of mask (B, T): sum over frames, count = frames.
 
-    `mse`: mean over channels; `ln_mse`: the same after affine-free LayerNorm of both (CALD's speech setting);
-    `cosine`: 1 - cosine similarity.
+    `mse`, `l1`: mean over channels; `ln_mse`: the same after affine-free LayerNorm of both (CALD's speech setting);
+    `cosine`: 1 - cosine similarity; `log_sigmoid`: minus its log-sigmoid. `l1_cosine` (DPHuBERT) and
+    `l1_log_sigmoid` (DistilHuBERT, arXiv 2110.01900, section 2.2, with lambda = 1) are sums of two.
     """
+    if distance not in DISTANCES:
+        raise ValueError(f"distance {distance!r}: use {', '.join(DISTANCES[:-1])} or {DISTANCES[-1]}.")
     s, t = student.astype(jnp.float32), jax.lax.stop_gradient(teacher.astype(jnp.float32))
     if distance == "ln_mse":
         s, t = standardize(s), standardize(t)
+    d = 0.0
     if distance in ("mse", "ln_mse"):
         d = ((s - t) ** 2).mean(-1)
-    elif distance == "cosine":
-        d = 1.0 - (s * t).sum(-1) * jax.lax.rsqrt((s * s).sum(-1) * (t * t).sum(-1) + 1e-12)
-    else:
-        raise ValueError(f"distance {distance!r}: use mse, ln_mse or cosine.")
+    if distance.startswith("l1"):
+        d = jnp.abs(s - t).mean(-1)
+    if not distance.endswith(("mse", "l1")):
+        cosine = (s * t).sum(-1) * jax.lax.rsqrt((s * s).sum(-1) * (t * t).sum(-1) + 1e-12)
+        d = d + (1.0 - cosine if distance.endswith("cosine") else -jax.nn.log_sigmoid(cosine))
     return Term(jnp.where(mask, d, 0.0).sum(), mask.sum().astype(jnp.float32))
+
+
+def gram(student: jax.Array, teacher: jax.Array, mask: jax.Array) -> Term:
+    """Squared difference of temporal Gram matrices x_t . x_s / D (STaR, arXiv 2312.09040), over all pairs of valid
+    frames of a row: (B, T, D) and (B, T, D'), whose widths may differ; count = pairs. The 1 / D is ours."""
+    s, t = (_gram(jnp.where(mask[..., None], x.astype(jnp.float32), 0.0)) / x.shape[-1]
+            for x in (student, jax.lax.stop_gradient(teacher)))
+    return Term(((s - t) ** 2).sum(), (mask.sum(-1).astype(jnp.float32) ** 2).sum())
+
+
+def cka(student: jax.Array, teacher: jax.Array, mask: jax.Array) -> Term:
+    """1 - linear CKA (Kornblith et al., arXiv 1905.00414, section 3) of each row's valid frames: (B, T, D) and
+    (B, T, D'), whose widths may differ; sum over rows, count = rows with two valid frames or more."""
+    frames = mask.sum(-1).astype(jnp.float32)                                                        # (B,)
+
+    def centred(x):
+        x = jnp.where(mask[..., None], x.astype(jnp.float32), 0.0)
+        mean = x.sum(1, keepdims=True) / jnp.maximum(frames, 1.0)[:, None, None]
+        return _gram(jnp.where(mask[..., None], x - mean, 0.0))
+
+    s, t = centred(student), jax.lax.stop_gradient(centred(teacher))                                 # (B, T, T)
+    dot = lambda a, b: (a * b).sum((1, 2))  # noqa: E731
+    alike = dot(s, t) * jax.lax.rsqrt(dot(s, s) * dot(t, t) + 1e-12)
+    return Term(jnp.where(frames > 1, 1.0 - alike, 0.0).sum(), (frames > 1).sum().astype(jnp.float32))
+
+
+def _gram(x: jax.Array) -> jax.Array:
+    return jnp.einsum("btd,bsd->bts", x, x)
 
 
 def standardize(x: jax.Array, eps: float = 1e-5) -> jax.Array:

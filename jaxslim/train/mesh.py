@@ -21,6 +21,12 @@ BATCH = P(("data", "fsdp"))
 
 # (out, in) weights: outputs of q, k, v, up are split over `tensor`, inputs of o, down; the other side over `fsdp`.
 RULES: tuple[tuple[str, P], ...] = (
+    (r"\.adapter\.(down|up)\.weight$|lora_A\.weight$", P(None, "fsdp")),   # with slots (S, ., .)
+    (r"lora_B\.weight$", P("fsdp")),
+    (r"ffw_layer_1\.weight$|relative_position_embedding\.pos_proj\.weight$", P("tensor", "fsdp")),
+    (r"ffw_layer_2\.weight$|attention\.post\.weight$", P("fsdp", "tensor")),
+    (r"lconv1d\.linear_(start|end)\.weight$|conv_projection\.conv_\d\.conv\.weight$", P("fsdp")),
+    (r"input_proj_linear\.weight$", P(None, "fsdp")),
     (r"(q_proj|k_proj|v_proj|intermediate_dense|fc1)(\.up)?\.weight$", P("tensor", "fsdp")),
     (r"(q_proj|k_proj|v_proj|intermediate_dense|fc1)\.bias$", P("tensor")),
     (r"(out_proj|output_dense|fc2)(\.down)?\.weight$", P("fsdp", "tensor")),
@@ -36,8 +42,11 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(self\.(query|key|value)|[qkv]_lin|intermediate\.dense|lin1)\.bias$", P("tensor")),
     (r"(output\.dense|out_lin|lin2)(\.down)?\.weight$", P("fsdp", "tensor")),
     (r"(word_embeddings|pooler\.dense|pre_classifier|classifier\.dense)\.weight$", P(None, "fsdp")),
-    (r"feature_[qk]\.weight$", P("tensor")),                                  # (H, F, K)
+    (r"feature_[qk]\.(weight|bias)$", P("tensor")),                           # (H, F, K), (H, F)
+    (r"(in_proj|x_proj|fc_D)\.weight$", P(None, "fsdp")),                     # rows of several parts stay together
+    (r"dt_proj\.weight$", P("fsdp")),
     (r"projection\.weight$|lm_head\.weight$|proj_out\.weight$|embed_tokens\.weight$", P(None, "fsdp")),
+    (r"generator\.(output|inject)\.weight$", P(None, "fsdp")),
     (r"conv_layers\.\d+\.conv\.weight$|encoder\.conv[12]\.weight$", P("fsdp")),
     (r"original1$|pos_conv_embed\.conv\.weight$", P("fsdp")),
 )
@@ -118,6 +127,33 @@ def place(params: Mapping[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
     return {k: put(v, where[k]) for k, v in params.items()}
 
 
+def gather(params: Mapping[str, jax.Array], mesh: Mesh, dtype: str) -> dict[str, jax.Array]:
+    """Parameters as a forward pass reads them, inside a trace: matrices in `dtype`, whole along fsdp.
+
+    Left to itself the partitioner collects the activations of all devices wherever they are smaller than a weight.
+    Here a weight is collected once a step, in `dtype`, and its gradient comes back split (a reduce-scatter).
+    """
+    if mesh.shape["fsdp"] == 1:
+        return dict(params)
+    out = dict(params)
+    for name, split in sharding(params, mesh).items():
+        if "fsdp" in split.spec:
+            x = out[name]
+            x = x.astype(dtype) if x.ndim > 1 and jax.numpy.issubdtype(x.dtype, np.floating) else x
+            whole = NamedSharding(mesh, P(*(None if axis == "fsdp" else axis for axis in split.spec)))
+            out[name] = _whole(x, whole, split)
+    return out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _whole(x, whole: NamedSharding, split: NamedSharding):
+    return jax.lax.with_sharding_constraint(x, whole)
+
+
+_whole.defvjp(lambda x, whole, split: (jax.lax.with_sharding_constraint(x, whole), None),
+              lambda whole, split, _, g: (jax.lax.with_sharding_constraint(g, split),))
+
+
 def put(x, where: NamedSharding) -> jax.Array:
     if isinstance(x, jax.Array) and x.sharding == where:
         return x
@@ -127,7 +163,11 @@ def put(x, where: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 
 
-def batch(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch -> global arrays, split over data and fsdp."""
-    where = NamedSharding(mesh, BATCH)
+def batch(rows: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int = 1) -> dict[str, jax.Array]:
+    """This process's rows of a batch -> global arrays, split over data and fsdp. Raises MeshError if they cannot be."""
+    where, parts = NamedSharding(mesh, BATCH), shards(mesh) * microbatches
+    count = len(next(iter(rows.values()))) * jax.process_count()
+    if count % parts:
+        raise MeshError(f"A batch of {count} rows cannot be split over data x fsdp = {shards(mesh)} devices in "
+                        f"{microbatches} microbatches; give Batches multiple_of={parts}.")
     return {k: jax.make_array_from_process_local_data(where, v) for k, v in rows.items()}

@@ -1,0 +1,145 @@
+"""Models that do not exist yet: random weights for a config (training from scratch), a new head for a new vocabulary.
+
+Both are written as an ordinary Hugging Face folder first, so that a run that is resumed starts from the same weights.
+"""
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from jaxslim import hub
+from jaxslim.config import ConfigError
+from jaxslim.data.tools import vocabulary
+from jaxslim.models import bind
+from jaxslim.slim import Slim
+from jaxslim.spec import Spec, nearest
+
+MELS = ("wav2vec2-bert",)       # families that read log-mel features
+
+
+def create(config: Mapping[str, Any], folder, data: str, seed: int) -> str:
+    """A CTC model of `config` (keys of config.json; `model_type` says which family) with random weights, and a
+    character vocabulary of the texts in `data`. Returns the folder; one that is there already stays as it is.
+
+    Raises:
+      ConfigError: no or an unknown model_type, or a key that its config does not have.
+    """
+    folder = epath.Path(folder)
+    if (folder / "config.json").exists():
+        return str(folder)
+    spec = _spec(config, 1)  # what is wrong with the config is said before anything is written
+    if jax.process_index() == 0:
+        if not (folder / "vocab.json").exists():
+            vocabulary(data, folder)
+        spec = _spec(config, len(_vocabulary(folder)))
+        (folder / "preprocessor_config.json").write_text(json.dumps(_processor(spec), indent=1))
+        _write(Slim(spec, initial(spec, seed)), folder)
+    _wait()
+    return str(folder)
+
+
+def with_vocabulary(model: str, folder, data: str, seed: int) -> str:
+    """The model of that name with a new, random CTC head for the characters of `data`. Returns the folder."""
+    folder = epath.Path(folder)
+    if (folder / "config.json").exists():
+        return str(folder)
+    if jax.process_index() == 0:
+        old, source = hub.load(model), hub.folder(model)
+        if not (folder / "vocab.json").exists():
+            vocabulary(data, folder)
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            if (source / name).exists():
+                (folder / name).write_text((source / name).read_text())
+        config = dict(old.spec.config) | {"vocab_size": len(_vocabulary(folder)), "pad_token_id": 0,
+                                          "bos_token_id": 1, "eos_token_id": 2}
+        spec = Spec(config, old.spec.family, "ctc", old.spec.blocks)
+        new = initial(spec, seed)
+        kept = {k: v for k, v in old.params.items() if k in new and np.shape(v) == new[k].shape and "lm_head" not in k}
+        _write(Slim(spec, new | kept), folder)
+    _wait()
+    return str(folder)
+
+
+def initial(spec: Spec, seed: int) -> dict[str, np.ndarray]:
+    """Random parameters as transformers draws them for the wav2vec2 families: linear layers normal with
+    `initializer_range`, convolutions Kaiming normal, norms 1 and 0. Embeddings of distances are drawn like linear
+    layers, and biases are all 0: that is ours."""
+    rng, scale, params = np.random.default_rng(seed), spec.get("initializer_range", 0.02), {}
+    shapes = bind.shapes(spec)
+    for name, want in shapes.items():
+        noise = rng.standard_normal(want.shape)
+        if name.endswith(("running_var", "norm.weight")) or "norm" in name and name.endswith(".weight"):
+            value = np.ones(want.shape)
+        elif name.endswith(("pos_bias_u", "pos_bias_v")):                 # Xavier uniform
+            value = rng.uniform(-1, 1, want.shape) * math.sqrt(6 / sum(want.shape))
+        elif name.endswith("masked_spec_embed"):
+            value = rng.uniform(0, 1, want.shape)
+        elif name.endswith("feature_projection.projection.weight"):
+            value = rng.uniform(-1, 1, want.shape) / math.sqrt(want.shape[1])
+        elif len(want.shape) < 2:
+            value = np.zeros(want.shape)
+        elif name.endswith("original1"):                                  # positional convolution
+            value = noise * 2 / math.sqrt(want.shape[2] * spec["hidden_size"])
+        elif len(want.shape) > 2 and not name.endswith("original0"):      # Kaiming normal
+            value = noise * math.sqrt(2 / math.prod(want.shape[1:]))
+        else:
+            value = noise * scale
+        params[name] = value.astype(want.dtype)
+    for name in shapes:
+        if name.endswith("original0"):                                    # the norm of what weight norm scales
+            v = params[name.removesuffix("0") + "1"].astype(np.float64)
+            params[name] = np.sqrt((v * v).sum((0, 1), keepdims=True)).astype(np.float32)
+    return params
+
+
+def _spec(config: Mapping[str, Any], tokens: int) -> Spec:
+    from transformers import CONFIG_MAPPING
+
+    family = config.get("model_type")
+    known = [f for f, module in bind.FAMILIES.items() if module in ("wav2vec2", "conformer", "w2v_bert")]
+    if family not in known:
+        raise ConfigError(f"model: model_type {family!r} cannot be trained from scratch.{nearest(str(family), known)} "
+                          f"Known are {', '.join(known)}.")
+    defaults = CONFIG_MAPPING[family]().to_dict()
+    for key in config:
+        if key not in defaults:
+            raise ConfigError(f"model: {family} has no key {key!r} in its config.{nearest(key, defaults)}")
+    full = CONFIG_MAPPING[family](**{k: v for k, v in config.items() if k != "model_type"}).to_dict()
+    return Spec(full | {"vocab_size": tokens, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}, family, "ctc")
+
+
+def _processor(spec: Spec) -> dict[str, Any]:
+    if spec.family in MELS:
+        stride = 2
+        return {"feature_extractor_type": "SeamlessM4TFeatureExtractor", "sampling_rate": 16000, "padding_value": 0.0,
+                "feature_size": spec["feature_projection_input_dim"] // stride, "return_attention_mask": True,
+                "num_mel_bins": spec["feature_projection_input_dim"] // stride, "stride": stride,
+                "padding_side": "right"}
+    return {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "sampling_rate": 16000, "do_normalize": True,
+            "feature_size": 1, "padding_value": 0.0, "return_attention_mask": True}
+
+
+def _write(model: Slim, folder: epath.Path) -> None:
+    """The folder may hold the tokenizer already, which hub.save takes for a foreign one: config.json last."""
+    partial = folder / "new"
+    hub.save(model, partial)
+    for file in sorted(partial.iterdir(), key=lambda f: f.name == "config.json"):
+        file.replace(folder / file.name)
+    partial.rmtree()
+
+
+def _vocabulary(folder) -> dict[str, int]:
+    return json.loads((epath.Path(folder) / "vocab.json").read_text())
+
+
+def _wait() -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("jaxslim.scratch")

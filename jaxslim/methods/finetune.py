@@ -1,4 +1,4 @@
-"""`train`: fine-tuning (CTC, classification), and the control row of recovery tables (the teacher trained on)."""
+"""`train`: fine-tuning (CTC, classification, seq2seq), and the control of recovery tables (the teacher trained on)."""
 from __future__ import annotations
 
 import dataclasses
@@ -32,10 +32,10 @@ def task(student: Slim, out, batch) -> dict[str, Term]:
     """The loss that goes with the model's head."""
     if student.spec.head == "ctc":
         return ctc(student, out, batch)
-    if student.spec.head in ("classification", "frames"):
+    if student.spec.head in ("classification", "frames", "seq2seq"):
         return {"ce": losses.cross_entropy(out.logits, batch["labels"])}
     raise SpecError(f"A model with head {student.spec.head!r} has no task loss here; it has one for ctc, "
-                    "classification, frames.")
+                    "classification, frames, seq2seq.")
 
 
 def ctc(student: Slim, out, batch) -> dict[str, Term]:

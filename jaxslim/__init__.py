@@ -10,7 +10,7 @@ from jaxslim._version import __version__
 
 _LAZY = {
     "Slim": "slim", "from_pretrained": "hub:load", "slim": "recipe:run", "evaluate": "evaluate:evaluate",
-    "transcribe": "evaluate:transcribe", "bench": "speed:bench", "to_flax": "models.bind",
+    "transcribe": "transcription:transcribe", "bench": "speed:bench", "to_flax": "models.bind",
     "from_flax": "models.bind",
 }
 __all__ = ["__version__", *sorted(_LAZY)]

@@ -40,7 +40,7 @@ def save_clips(run_folder: str | os.PathLike, data, n: int = 4) -> list[dict]:
     from jaxslim.data import load_rows
 
     folder = epath.Path(run_folder)
-    rows = load_rows(data) if isinstance(data, (str, os.PathLike)) else data
+    rows = load_rows(data)
     where = {name: i for i, name in enumerate(rows.column("id"))}
     chosen = [clip for clip in telling(predictions(folder), len(where)) if clip["id"] in where][:n]
     (folder / "clips").mkdir(parents=True, exist_ok=True)

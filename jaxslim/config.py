@@ -6,7 +6,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from etils import epath
@@ -20,11 +20,12 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Where speech comes from; see `jaxslim.data.rows.load_rows` for the kinds of DATA."""
+    """Where speech (or text) comes from; see `jaxslim.data.rows.load_rows` for the kinds of DATA."""
 
     train: str | None = None
     validation: str | None = None
     test: str | None = None
+    language: str | None = None       # of the speech, for Whisper models: "en", "german", ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +40,18 @@ class Group:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+    every: int = 1                    # one update in so many steps; its schedule then counts updates
 
     def __post_init__(self):
+        if self.every < 1:
+            raise ConfigError(f"every {self.every}: an update comes every 1 or more steps.")
         if self.schedule not in ("linear", "cosine", "constant"):
             raise ConfigError(f"schedule {self.schedule!r}: use linear, cosine or constant.")
+
+
+CHOICES = {"remat": ("none", "dots", "full"), "dtype": ("float32", "bfloat16", "float16"), "layers": ("loop", "scan"),
+           "teacher_dtype": ("float32", "bfloat16"), "adam_mu_dtype": ("float32", "bfloat16"),
+           "prng": ("threefry2x32", "hash")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,25 +67,33 @@ class Train:
     seed: int = 0
     dtype: str = "float32"                     # of the matrix products; parameters and losses are fp32
     remat: str = "none"                        # none | dots | full
+    layers: str = "loop"                       # loop | scan: runs of equal layers compile as one
+    teacher_dtype: str = "float32"             # of the teacher's stored parameters; bfloat16 halves their memory
+    adam_mu_dtype: str = "float32"             # of Adam's first moment
+    ema_decay: float = 0.0                     # e.g. 0.999: an average of the parameters is validated and returned
+    prng: str = "threefry2x32"                 # of dropout; hash: fewer operations and faster to compile
     mesh: str = "data=-1"                      # e.g. data=4,fsdp=2; -1 = the rest of the devices
     logging_steps: int = 10
     save_steps: int = 500                      # 0 = only at the end
     save_total_limit: int = 2                  # latest checkpoints kept, beside the best
+    snapshot_steps: int = 0                    # keep the model as a folder step-N every so often; 0 = never
     eval_steps: int = 0                        # validation WER every so often; 0 = never
     min_seconds: float = 0.1
     max_seconds: float = 30.0
-    buckets: tuple[float, ...] = ()            # lengths in seconds, one compiled step each; () = chosen from the data
+    buckets: tuple[float, ...] = ()            # in seconds (texts: tokens), one compiled step each; () = by data
     speed_perturb: tuple[float, ...] = ()      # e.g. [0.9, 1.0, 1.1]
+    profile_steps: int = 0                     # so many steps are traced into <run>/profile (xplane)
     max_nonfinite_steps: int = 20              # so many in a row stop the run
 
     def __post_init__(self):
         if self.max_steps < 1 or self.per_device_train_batch_size < 1 or self.gradient_accumulation_steps < 1:
             raise ConfigError("train: max_steps, per_device_train_batch_size and gradient_accumulation_steps must be "
                               "at least 1.")
-        if self.remat not in ("none", "dots", "full"):
-            raise ConfigError(f"train.remat {self.remat!r}: use none, dots or full.")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ConfigError(f"train.dtype {self.dtype!r}: use float32, bfloat16 or float16.")
+        for key, known in CHOICES.items():
+            if getattr(self, key) not in known:
+                raise ConfigError(f"train.{key} {getattr(self, key)!r}: use {', '.join(known[:-1])} or {known[-1]}.")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"train.ema_decay {self.ema_decay:g}: use 0 (none) or a number below 1, e.g. 0.999.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +131,8 @@ class Recipe:
 class Run(Train):
     """`jaxslim train CONFIG`: a model, its data, where to write, the keys of Train, and the options of the method."""
 
-    model: str = ""
+    model: str | dict[str, Any] = ""           # a name; or keys of a config.json: a new model with random weights
+    vocabulary: Literal["model", "data"] = "model"   # data: a new head for the characters of the training texts
     data: Data = Data()
     output_dir: str = ""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)   # of methods.finetune.Finetune

@@ -38,16 +38,22 @@ def params(spec: Spec) -> int:
 def params_by_block(spec: Spec) -> dict[str, int]:
     """Block id -> parameters, front to back, with 'projection', 'positional' and 'other' (the encoder's own norm, the
     mask embedding). Norms inside a transformer layer count with the sub-layer that roles.py gives them to."""
+    table, found = dict.fromkeys(parts(spec), 0), bind.shapes(spec)
+    for name, part in block_of(spec).items():
+        table[part] = table.get(part, 0) + math.prod(found[name].shape)
+    return table
+
+
+def block_of(spec: Spec) -> dict[str, str]:
+    """Parameter (floats only) -> the block or part it counts with."""
     owners = {name: b for b in blocks(spec) for name in roles(spec, b).values()}
-    inner = prefix(spec)
+    inner, table = prefix(spec), {}
     owners |= {inner + name: part for part, name in FAMILIES[spec.family].rest.items()}
-    table = dict.fromkeys(parts(spec), 0)
     for name, leaf in bind.shapes(spec).items():
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
+        if jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype == jnp.int8:
             ends = (i for i, c in enumerate(name) if c == ".")
             other = "other" if name.startswith(inner) else "head"
-            part = next((owners[name[:i]] for i in ends if name[:i] in owners), other)
-            table[part] = table.get(part, 0) + math.prod(leaf.shape)
+            table[name] = next((owners[name[:i]] for i in ends if name[:i] in owners), other)
     return table
 
 
@@ -135,5 +141,7 @@ def _inner(parameters: dict[str, Any]) -> Iterator[core.ClosedJaxpr | core.Jaxpr
 
 
 def _forward(model: Slim, inputs: dict[str, jax.Array], attention: str):
-    out = model(**inputs, attention=attention)
+    rows = next(iter(inputs.values())).shape[0]
+    ids = jnp.zeros(rows, jnp.int32) if model.spec.slots > 1 else None   # one adapter a row
+    out = model(**inputs, attention=attention, adapter_ids=ids)
     return (out.last_hidden_state, out.pooler_output) if out.logits is None else out.logits

@@ -1,4 +1,4 @@
-"""Greedy CTC: batches -> the most probable symbol of every frame (on the device), frames -> text (on the host).
+"""Batches -> what a model says: the most probable symbol of every frame (CTC), a class, or a decoder's tokens.
 
 One executable per model and input shape, kept between calls, so that a second evaluation compiles nothing.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,20 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxslim.data import CTCTask, DataError
-from jaxslim.data.batch import FLOOR
+from jaxslim.data import DataError
 from jaxslim.slim import Slim, inputs
 from jaxslim.train import mesh as meshes
 
 KEPT = 256  # executables
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def _argmax(model: Slim, batch: dict[str, jax.Array], dtype: str | None) -> dict[str, jax.Array]:
-    out = model(dtype=dtype, **inputs(batch))
-    ids = jnp.argmax(out.logits, -1).astype(jnp.int32)                                              # (B, T)
-    lengths = jnp.full(ids.shape[0], ids.shape[1]) if out.lengths is None else out.lengths           # (B,)
-    return {"ids": ids, "lengths": lengths, "row": batch["row"], "samples": batch["samples"]}
+@functools.partial(jax.jit, static_argnames=("dtype", "scores"))
+def _argmax(model: Slim, batch: dict[str, jax.Array], dtype: str | None, scores: bool) -> dict[str, jax.Array]:
+    out = model(dtype=dtype, **inputs(batch, model))
+    ids = jnp.argmax(out.logits, -1).astype(jnp.int32)                                         # (B, T), of classes (B,)
+    lengths = jnp.full(ids.shape[0], ids[0].size) if out.lengths is None else out.lengths            # (B,)
+    found = {"ids": ids, "lengths": lengths, "row": batch["row"], "samples": batch["samples"]}
+    return found | ({"scores": jax.nn.log_softmax(out.logits.astype(jnp.float32))} if scores else {})        # (B, T, V)
 
 
 _EXECUTABLES: dict[Any, Any] = {}
@@ -37,11 +38,12 @@ _EXECUTABLES: dict[Any, Any] = {}
 class Greedy:
     """A batch of numpy arrays -> (dict of numpy arrays ids (B, T), lengths, row, samples (B,); seconds it took).
 
-    Compiling is apart, in `compile_seconds`. On a mesh a batch holds this process's rows, or with `replicate` the same
-    rows in every process; results are those of all rows.
+    With `scores` also the log probabilities (B, T, V). Compiling is apart, in `compile_seconds`. On a mesh a batch
+    holds this process's rows, or with `replicate` the same rows in every process; results are those of all rows.
     """
 
-    def __init__(self, model: Slim, mesh=None, dtype=None):
+    def __init__(self, model: Slim, mesh=None, dtype=None, scores: bool = False):
+        self.scores = scores
         self.dtype = None if dtype is None else jnp.dtype(dtype).name
         if mesh is None:  # that of the parameters, if they are on one
             shardings = (x.sharding for x in jax.tree.leaves(model) if isinstance(x, jax.Array))
@@ -54,7 +56,7 @@ class Greedy:
     def __call__(self, batch: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], float]:
         batch = self._place(batch)
         leaves, tree = jax.tree.flatten((self.model, batch))
-        key = tree, self.dtype, tuple((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)
+        key = tree, self.dtype, self.scores, tuple((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)
         if key not in _EXECUTABLES:
             if len(_EXECUTABLES) >= KEPT:
                 _EXECUTABLES.clear()
@@ -74,35 +76,83 @@ class Greedy:
 
     def _compile(self, batch):
         if self.mesh is None:
-            return _argmax.lower(self.model, batch, dtype=self.dtype).compile()
+            return _argmax.lower(self.model, batch, dtype=self.dtype, scores=self.scores).compile()
         everywhere = NamedSharding(self.mesh, PartitionSpec())  # so that every process has every transcript
-        function = jax.jit(_argmax, static_argnames="dtype", out_shardings=everywhere)
-        return function.lower(self.model, batch, dtype=self.dtype).compile()
+        function = jax.jit(_argmax, static_argnames=("dtype", "scores"), out_shardings=everywhere)
+        return function.lower(self.model, batch, dtype=self.dtype, scores=self.scores).compile()
 
 
-def text(task: CTCTask, ids: np.ndarray) -> str:
-    """Frame ids (T,) -> text."""
-    keep = np.ones(len(ids), bool)
-    keep[1:] = ids[1:] != ids[:-1]
-    return task.decode(ids[keep], collapse=False)
+class Autoregressive:
+    """The same of a model with a decoder: ids are the tokens of `generate`, `segments` says when they were said.
+
+    Args:
+      options: of `generate`, as in `Seq2SeqTask.generation`.
+      timed: run the first batch of a shape twice, to tell compiling from running.
+    """
+
+    multiple, replicate = 1, False
+
+    def __init__(self, model: Slim, mesh=None, dtype=None, options: Mapping[str, Any] | None = None,
+                 timed: bool = True):
+        if jax.process_count() > 1:
+            raise ValueError("Decoding with a decoder runs in one process; start it without jax.distributed.")
+        params = model.params if mesh is None else meshes.place(model.params, mesh)
+        if dtype is not None:  # matrices, as Slim.__call__ does it
+            params = {k: v.astype(dtype) if v.ndim > 1 and jnp.issubdtype(v.dtype, jnp.floating) else v
+                      for k, v in params.items()}
+        self.model, self.mesh, self.options, self.timed = model.replace(params=params), mesh, dict(options or {}), timed
+        self.compile_seconds, self.seen = 0.0, set()
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> tuple[dict[str, Any], float]:
+        from jaxslim.generate import STRIDE, generate
+
+        features, mask = batch["input_features"], batch["attention_mask"]
+        if len(features) == 1:  # `generate` reads a single clip to its end, padding or not
+            window = STRIDE * self.model.spec["max_source_positions"]
+            features = features[:, :, : max(window, int(mask.sum()))]
+        run = lambda: generate(self.model, features, mask, **self.options)  # noqa: E731
+        start, shape = time.perf_counter(), features.shape
+        out = run()
+        took = time.perf_counter() - start
+        if self.timed and shape not in self.seen:
+            start = time.perf_counter()
+            run()
+            took, first = time.perf_counter() - start, took
+            self.compile_seconds += max(first - took, 0.0)
+        self.seen.add(shape)
+        lengths = np.array([sum(len(s["tokens"]) for s in segments) for segments in out.segments])
+        return {"ids": out.sequences, "lengths": lengths, "row": batch["row"], "samples": batch["samples"],
+                "segments": out.segments}, took  # fmt: skip
 
 
-def long_enough(wave: np.ndarray, task: CTCTask) -> np.ndarray:
+def decoder(model: Slim, task, mesh=None, dtype=None, timed: bool = True,
+            scores: bool = False) -> Greedy | Autoregressive:  # fmt: skip
+    """What decodes batches of `task` with `model`; `scores`: log probabilities too (CTC)."""
+    if model.spec.head == "seq2seq":
+        if scores:
+            raise ValueError("The CTC beam search is for CTC models; a decoder has its own (num_beams in "
+                             "generation_config.json).")
+        return Autoregressive(model, mesh, dtype, task.generation, timed)
+    return Greedy(model, mesh, dtype, scores)
+
+
+def long_enough(wave: np.ndarray, task) -> np.ndarray:
     """`wave` (samples,) as it came; raises DataError if it is shorter than one frame."""
-    if len(wave) < FLOOR * task.sampling_rate:
+    shortest = task.extractor.shortest
+    if len(wave) < shortest * task.sampling_rate:
         raise DataError(f"{1000 * len(wave) / task.sampling_rate:.0f} ms of audio, shorter than one frame "
-                        f"({1000 * FLOOR:.0f} ms).")
+                        f"({1000 * shortest:.0f} ms).")
     return wave
 
 
-def single(wave: np.ndarray, task: CTCTask) -> dict[str, np.ndarray]:
+def single(wave: np.ndarray, task) -> dict[str, np.ndarray]:
     """A batch of one clip (samples,): at its exact length, or with a mask, padded to one of eight lengths an octave."""
-    batch = {"row": np.zeros(1, np.int32), "samples": np.array([len(wave)], np.int32)}
-    values = task.inputs(wave)
-    if task.return_attention_mask:
+    batch, padded = {"row": np.zeros(1, np.int32), "samples": np.array([len(wave)], np.int32)}, len(wave)
+    if task.extractor.return_attention_mask:
         seconds = max(len(wave) / task.sampling_rate, 1.0)
         step = 2.0 ** (math.floor(math.log2(seconds)) - 3)
         padded = round(math.ceil(seconds / step - 1e-9) * step * task.sampling_rate)
-        batch["attention_mask"] = (np.arange(padded) < len(wave)).astype(np.int32)[None]
-        values = np.pad(values, (0, padded - len(wave)))
-    return batch | {"input_values": values[None]}
+    inputs = task.extractor([wave], padded)
+    if not task.extractor.return_attention_mask:
+        del inputs["attention_mask"]
+    return batch | inputs

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from jaxslim.models import bind
+from jaxslim.models.conformer import STYLES
 from jaxslim.models.roles import prefix, roles
 from jaxslim.slim import Slim
 from jaxslim.spec import NAMES, Spec, SpecError, canonical, kind
@@ -47,6 +48,8 @@ def _stock(plain: Spec, block: str) -> dict:
         return {"mixer": a.mixer, "heads": list(a.heads), "qk_dim": a.qk_dim, "v_dim": a.v_dim, "scale": a.scale}
     if kind(block).startswith("ffn"):
         return {"units": plain.ffn(block).units}
+    if kind(block) == "conv":
+        return {"channels": plain.conv(block)}
     return {"channels": plain.channels(int(block.split(".")[1]))} if kind(block) == "frontend" else {}
 
 
@@ -72,6 +75,8 @@ def expand(model: Slim) -> Slim:
                 if role in ("up", "down"):
                     _merge(params, name, role, fields)
                     _pad(params, want, name)
+        elif kind(block) == "conv":
+            _conv(roles(spec, block), params, want)
         elif kind(block) == "frontend":
             for name in [k for k in params if k.startswith((roles(spec, block)["owner"].rpartition(".")[0] + ".",
                                                             prefix(spec) + "feature_projection."))]:
@@ -89,6 +94,8 @@ def _refuse(spec: Spec, plain: Spec) -> None:
     reasons = []
     for block in spec.blocks:
         stock = _stock(plain, block)
+        for field in spec.blocks[block].keys() & {"adapter", "int8"}:
+            reasons.append(f"{block}: its {field} has no stock form; merge it first, or take it away")
         if kind(block) in ("attention", "cross"):
             a = spec.attention(block)
             if a.mixer != "softmax":
@@ -103,7 +110,9 @@ def _refuse(spec: Spec, plain: Spec) -> None:
             elif i == len(spec.get("conv_dim", ())) - 1 and spec.get("feat_proj_layer_norm", True):
                 reasons.append(f"{block}: the projection's layer norm reads these channels; zeros would change its "
                                "mean and variance")
-        elif kind(block) not in ("frontend", "ffn", "ffn1", "ffn2"):
+        elif kind(block) == "conv" and not STYLES[spec.family].stored_norm:
+            reasons.append(f"{block}: layer norm over the channels, whose mean and variance zeros would change")
+        elif kind(block) not in ("frontend", "ffn", "ffn1", "ffn2", "conv"):
             reasons.append(f"{block}: {', '.join(spec.blocks[block])} has no stock form in this release")
     if reasons:
         raise ExportError(f"hf-dense cannot express this model in the stock shape: {'; '.join(reasons)}. "
@@ -142,6 +151,36 @@ def _attention(spec: Spec, block: str, params: dict, want) -> None:
             full = full.reshape(total * dim, *x.shape[1:])
             full = full * (a.scale / plain.scale) if role == "q" and a.scale != plain.scale else full
             params[key] = np.moveaxis(full, 0, -1) if role == "o" else full
+
+
+    extra = {role: names[role] for role in ("pos", "bias_u", "bias_v") if role in names}
+    ratio = a.scale / plain.scale
+    for role, name in extra.items():  # relative positions: by head, as the queries
+        key = f"{name}.weight" if role == "pos" else name
+        if key in want and heads:
+            x = params[key].reshape(len(heads), a.qk_dim, -1)
+            full = np.zeros((total, dim, x.shape[2]), np.result_type(x, np.float32))
+            full[heads, : a.qk_dim] = x
+            params[key] = (full if role == "pos" else full * ratio).reshape(want[key].shape)
+    if (key := f"{names['owner']}.distance_embedding.weight") in want and heads:
+        _pad_to(params, want, key)
+
+
+def _conv(names: dict[str, str], params: dict, want) -> None:
+    """Channels of a Conformer's convolution module that give zero: their gates are shut, their norm has no weight."""
+    if f"{names['up']}.weight" not in params:  # no channels are left
+        for key, x in want.items():
+            if key.startswith(tuple(f"{names[role]}." for role in ("up", "conv", "inner", "down"))):
+                params.setdefault(key, np.zeros(x.shape, np.float32))
+        return
+    for key in (f"{names['up']}.weight", f"{names['up']}.bias"):
+        if key in want:  # values and gates are two halves
+            full = want[key].shape[0] // 2
+            halves = [np.pad(x, [(0, full - len(x)), *[(0, 0)] * (x.ndim - 1)]) for x in np.split(params[key], 2)]
+            params[key] = np.concatenate(halves)
+    for name in [k for k in want if k.startswith((names["conv"] + ".", names["inner"] + ".", names["down"] + "."))]:
+        if want[name].shape:
+            _pad_to(params, want, name)
 
 
 def _pad(params: dict, want, linear: str) -> None:

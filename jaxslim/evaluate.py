@@ -1,6 +1,8 @@
-"""Word error rate with its interval, transcripts, and the share of frames on which two models agree. Greedy CTC.
+"""Word error rate with its interval, and the share of frames on which two models agree.
 
-The argmax runs on the device, collapsing and scoring on the host; one executable per bucket shape, kept between calls.
+Models with a CTC head decode greedily: the argmax runs on the device, collapsing and scoring on the host; one
+executable per bucket shape, kept between calls. Whisper decodes as `generate` does, with the options of its
+generation_config.json. Text classifiers are scored by classify.py.
 
 Padding. Models whose processor says `return_attention_mask: true` get the mask, and padding changes nothing. Models
 without (group-norm base models) were trained on bare audio: each clip runs alone at its exact length, as the pipeline
@@ -21,19 +23,18 @@ import jax
 import numpy as np
 from etils import epath
 
-from jaxslim.data import Batches, CTCTask, DataError, Rows, load_rows, suggest_buckets
-from jaxslim.data.audio import load as load_audio
-from jaxslim.decode import Greedy, long_enough, single
-from jaxslim.decode import text as text_of
+from jaxslim.data import Batches, DataError, Rows, TextTask, load_rows, suggest_buckets, task_of
+from jaxslim.decode import Greedy, decoder, long_enough, single
 from jaxslim.score import Result, bootstrap, paired_bootstrap, score
 from jaxslim.slim import Slim
 
-__all__ = ["Result", "bootstrap", "evaluate", "frame_agreement", "paired_bootstrap", "render", "score", "transcribe"]
+__all__ = ["Result", "bootstrap", "evaluate", "frame_agreement", "paired_bootstrap", "render", "score"]
 
 EXACT_LIMIT = 256  # different lengths up to which a model without mask gets each clip at its own length
 
 
-def _resolve(model: Slim | str, data, task, source, limit) -> tuple[Slim, Rows, CTCTask]:
+def resolve(model: Slim | str, data, task, source, limit, language=None, heads=("ctc", "seq2seq")):
+    """(Slim, Rows, task). `heads` are those that the caller can work with."""
     if isinstance(model, (str, os.PathLike)) or task is None:
         from jaxslim import hub
 
@@ -41,18 +42,20 @@ def _resolve(model: Slim | str, data, task, source, limit) -> tuple[Slim, Rows, 
             source = source or (model if not isinstance(model, Slim) else None)
             if source is None:
                 raise ValueError("Give task= or source= (the folder or name whose vocabulary the model uses).")
-        model = model if isinstance(model, Slim) else hub.load(model)  # first: it says what is no model
-        task = task or CTCTask.from_pretrained(hub.folder(source))
-    if model.spec.head != "ctc":
-        raise ValueError(f"This {model.spec.family} model has the head {model.spec.head!r}; decoding needs 'ctc'.")
-    rows = load_rows(data) if isinstance(data, (str, os.PathLike)) else data
-    return model, rows if limit is None else rows[:limit], task
+        if not isinstance(model, Slim):
+            adapted = language and hub.read_config(model).get("adapter_attn_dim")  # MMS: a language is a part of it
+            model = hub.load(model, language=language if adapted else None)
+        task = task or task_of(model.spec, hub.folder(source), language)
+    if model.spec.head not in heads and not (isinstance(task, TextTask) and "classification" in heads):
+        raise ValueError(f"This {model.spec.family} model has the head {model.spec.head!r}; needed is "
+                         f"{' or '.join(map(repr, heads))}.")
+    return model, load_rows(data, limit=limit), task
 
 
 class _Singles:
     """Batches of one clip at its exact length, without mask."""
 
-    def __init__(self, rows: Rows, task: CTCTask, max_skipped: float):
+    def __init__(self, rows: Rows, task, max_skipped: float):
         self.rows, self.task, self.max_skipped, self.skipped = rows, task, max_skipped, []
 
     def __len__(self) -> int:
@@ -72,7 +75,7 @@ class _Singles:
 
 
 class _Masked:
-    """data.Batches with the true lengths beside the arrays; the mask is left out for models that take none."""
+    """data.Batches; the mask is left out for models that take none."""
 
     def __init__(self, batches: Batches, mask: bool):
         self.batches, self.mask = batches, mask
@@ -82,17 +85,18 @@ class _Masked:
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         for batch in self.batches:
-            mask = batch.pop("attention_mask")
-            yield batch | {"samples": mask.sum(-1).astype(np.int32)} | ({"attention_mask": mask} if self.mask else {})
+            if not self.mask:
+                del batch["attention_mask"]
+            yield batch
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
         return self.batches.skipped
 
 
-def _batches(rows: Rows, task: CTCTask, forward: Greedy, batch_size, batch_seconds, buckets, max_skipped):
+def batches_of(rows: Rows, task, forward, batch_size, batch_seconds, buckets, max_skipped):
     """(iterable of batches, with `skipped`; kind of padding)."""
-    masked = task.return_attention_mask
+    masked = task.extractor.return_attention_mask
     lengths = [] if buckets else [_duration(rows, i) for i in range(len(rows))]
     if not masked and not buckets and len(set(lengths)) <= EXACT_LIMIT:
         forward.replicate = True  # one clip at a time, the same on every device and process
@@ -101,7 +105,8 @@ def _batches(rows: Rows, task: CTCTask, forward: Greedy, batch_size, batch_secon
         batch_size, batch_seconds = 1, None
     size = {"batch_seconds": batch_seconds} if batch_seconds else {"batch_size": batch_size}
     if not buckets and max(lengths, default=0) > 0:  # another bucket costs a compilation: few for a short test set
-        buckets = suggest_buckets([x for x in lengths if x], min(6, 2 + int(sum(lengths) // 600)), batch_size or 1)
+        lengths = [max(x, task.extractor.window) for x in lengths if x]
+        buckets = suggest_buckets(lengths, min(6, 2 + int(sum(lengths) // 600)), batch_size or 1)
     several = forward.mesh is not None and jax.process_count() > 1
     host = {"host": jax.process_index(), "hosts": jax.process_count()} if several else {}
     batches = Batches(rows, task, buckets=buckets, shuffle=False, epochs=1, labels=False, max_skipped=max_skipped,
@@ -116,51 +121,60 @@ def _duration(rows: Rows, i: int) -> float:
         return 0.0  # named as skipped when it is decoded
 
 
-def _track(items: Iterable, total: int, what: str, progress: bool) -> Iterator:
+def track(items: Iterable, total: int, what: str, progress: bool) -> Iterator:
     """A progress bar on stderr, if that is a terminal and this is process 0."""
+    from rich import progress as bars
     from rich.console import Console
-    from rich.progress import track
 
     console = Console(stderr=True)
     shown = progress and console.is_terminal and jax.process_index() == 0
-    return track(items, what, total, console=console, transient=True, disable=not shown)
+    return bars.track(items, what, total, console=console, transient=True, disable=not shown)
 
 
 # ---- what users call ----
 
 
-def evaluate(model: Slim | str, data: str | Rows, *, task: CTCTask | None = None, source: str | None = None,
+def evaluate(model: Slim | str, data: str | Rows, *, task: Any = None, source: str | None = None,
              batch_size: int = 8, batch_seconds: float | None = None, buckets: Sequence[float] | None = None,
              dtype: Any = None, limit: int | None = None, normalize: str = "none", max_skipped: float = 0.05,
              predictions: str | os.PathLike | None = None, mesh: Any = None,
-             progress: bool = True) -> Result:  # fmt: skip
-    """WER of a CTC model on DATA by greedy decoding.
+             language: str | None = None, beam: Any = None, progress: bool = True) -> Result:  # fmt: skip
+    """WER of a speech model on DATA, by greedy CTC decoding or with its decoder; accuracy of a text classifier.
 
     Args:
       model: a Slim, or whatever hub.load reads.
       data: DATA (see data.load_rows) or Rows; rows without text are skipped, an empty text counts.
-      task: the vocabulary; by default that of `source` (a folder or name), by default that of `model` given by name.
+      task: as data.task_of gives it; by default with the files of `source` (a folder or name), by default those of
+        `model` given by name.
       batch_size, batch_seconds, buckets: as in data.Batches; by default 2 to 6 buckets, by the hours of audio.
       dtype: compute dtype; None is the parameters'.
       limit: only the first rows.
       normalize: of both texts before scoring, see `score`; predictions keep the raw text.
       max_skipped: more unusable rows than this fraction raise DataError.
       predictions: JSONL to write: audio_filepath, duration, time, text, pred_text (as the Open ASR Leaderboard), id,
-        words, errors, characters, character_errors.
+        words, errors, characters, character_errors, and the data's other columns.
       mesh: jax Mesh (train.mesh.make) to split batches and parameters over; by default that of the parameters.
+      language: of a Whisper or MMS model; None: Whisper finds out itself, MMS speaks the one that is stored.
+      beam: of CTC models, a `beam.Search` instead of greedy decoding.
     Returns:
+      of a text classifier what `classify` returns; else
       the keys of `score`, and audio_seconds, seconds (forward and decoding; compiling and reading audio not
       included), rtfx = audio_seconds / seconds, compile_seconds, frames, padding, skipped (how many rows), fingerprint.
     """
-    model, rows, task = _resolve(model, data, task, source, limit)
-    forward = Greedy(model, mesh, dtype)
-    batches, padding = _batches(rows, task, forward, batch_size, batch_seconds, buckets, max_skipped)
+    model, rows, task = resolve(model, data, task, source, limit, language, ("ctc", "seq2seq", "classification"))
+    if isinstance(task, TextTask):
+        from jaxslim.classify import classify
+
+        return classify(model, rows, task, batch_size, dtype, max_skipped, predictions, mesh)
+    forward = decoder(model, task, mesh, dtype, scores=beam is not None)
+    batches, padding = batches_of(rows, task, forward, batch_size, batch_seconds, buckets, max_skipped)
     texts, ids, found, spent = rows.column("text"), rows.column("id"), {}, 0.0
-    for batch in _track(batches, len(batches), "evaluating", progress):
+    for batch in track(batches, len(batches), "evaluating", progress):
         out, took = forward(batch)
         start = time.perf_counter()
         used = [b for b, i in enumerate(out["row"]) if i >= 0]
-        decoded = [text_of(task, out["ids"][b, : out["lengths"][b]]) for b in used]
+        decoded = [beam(out["scores"][b, : out["lengths"][b]], task) if beam is not None else
+                   task.transcript(out["ids"][b, : out["lengths"][b]]) for b in used]
         took += time.perf_counter() - start
         spent += took
         for b, text in zip(used, decoded):
@@ -178,13 +192,20 @@ def evaluate(model: Slim | str, data: str | Rows, *, task: CTCTask | None = None
     paths = rows.column("audio")
     result.utterances = [
         {"audio_filepath": (paths[i] or {}).get("path") or ids[i], "duration": round(found[i]["duration"], 4),
-         "time": round(found[i]["time"], 6), "text": texts[i], "pred_text": found[i]["text"], "id": ids[i], **counts}
+         "time": round(found[i]["time"], 6), "text": texts[i], "pred_text": found[i]["text"], "id": ids[i],
+         **_more(rows, i), **counts}
         for i, counts in zip(scored, result.utterances)]  # fmt: skip
     if predictions is not None and jax.process_index() == 0:
         path = epath.Path(predictions)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result.utterances))
     return result
+
+
+def _more(rows: Rows, i: int) -> dict[str, Any]:
+    """The data's other columns (speaker, language, ...), to slice by."""
+    known = ("id", "audio", "text", "duration")
+    return {k: v for k, v in rows.record(i).items() if k not in known and isinstance(v, (str, int, float))}
 
 
 def _skipped(ids, texts, found, batches) -> list[tuple[str, str]]:
@@ -196,14 +217,14 @@ def _skipped(ids, texts, found, batches) -> list[tuple[str, str]]:
             *((ids[i], "no text") for i in sorted(found) if texts[i] is None)]  # fmt: skip
 
 
-def frame_agreement(model_a: Slim | str, model_b: Slim | str, data: str | Rows, *, task: CTCTask | None = None,
+def frame_agreement(model_a: Slim | str, model_b: Slim | str, data: str | Rows, *, task: Any = None,
                     source: str | None = None, batch_size: int = 8, dtype: Any = None, limit: int | None = None,
                     mesh: Any = None) -> float:  # fmt: skip
     """Share of valid frames on which two CTC models have the same most probable symbol. Arguments as `evaluate`."""
-    model_a, rows, task = _resolve(model_a, data, task, source, limit)
-    model_b, rows, task = _resolve(model_b, rows, task, source, None)
+    model_a, rows, task = resolve(model_a, data, task, source, limit, heads=("ctc",))
+    model_b, rows, task = resolve(model_b, rows, task, source, None, heads=("ctc",))
     first, second = Greedy(model_a, mesh, dtype), Greedy(model_b, mesh, dtype)
-    batches, _ = _batches(rows, task, first, batch_size, None, None, 1.0)
+    batches, _ = batches_of(rows, task, first, batch_size, None, None, 1.0)
     same = total = 0
     for batch in batches:
         (a, _), (b, _) = first(batch), second(batch)
@@ -217,41 +238,12 @@ def frame_agreement(model_a: Slim | str, model_b: Slim | str, data: str | Rows, 
     return same / total
 
 
-def transcribe(model: Slim | str, files: Iterable[str | os.PathLike], *, task: CTCTask | None = None,
-               source: str | None = None, dtype: Any = None,
-               progress: bool = True) -> list[dict[str, Any]]:  # fmt: skip
-    """Transcripts of audio files of any kind, rate and length, each in one pass.
-
-    Returns:
-      one dict a file, in order: file, text, duration (seconds of audio), seconds (forward and decoding, compiling not
-      included); a file that cannot be used has `error` (a sentence) and `text` None, and does not stop the rest.
-    """
-    if isinstance(files, (str, os.PathLike)):
-        files = [files]
-    files = list(files)
-    model, _, task = _resolve(model, Rows([]), task, source, None)
-    forward, rows = Greedy(model, None, dtype), []
-    for file in _track(files, len(files), "transcribing", progress):
-        row = {"file": os.fspath(file), "text": None, "duration": None, "seconds": None}
-        try:
-            wave = long_enough(load_audio(file, task.sampling_rate), task)
-            row["duration"] = len(wave) / task.sampling_rate
-            out, took = forward(single(wave, task))
-            start = time.perf_counter()
-            row["text"] = text_of(task, out["ids"][0, : out["lengths"][0]])
-            row["seconds"] = took + time.perf_counter() - start
-        except DataError as error:
-            row["error"] = str(error)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            row["error"] = f"{file}: {row['duration']:.0f} s of audio do not fit in memory; cut it in pieces."
-        rows.append(row)
-    return rows
-
-
 def render(result: Result) -> str:
     """What `evaluate` returned, in a few lines for the terminal."""
+    if "accuracy" in result:
+        from jaxslim import classify
+
+        return classify.render(result)
     if result["wer"] is None:
         rates = f"No reference words: {result['insertions']} words were heard where there are none."
     else:

@@ -1,4 +1,5 @@
-"""Models for other programs: `hf` (opened by transformers, without jaxslim), `hf-dense` (in the stock shape).
+"""Models for other programs: `hf` (opened by transformers, without jaxslim), `hf-dense` (in the stock shape),
+`stablehlo` (one program for CPU, GPU and TPU).
 
 Every export is opened again with PyTorch, where it is installed, and compared with this library on a fixed input;
 `parity.json` beside the model records the result. One that differs by more than TOLERANCE is not kept.
@@ -14,12 +15,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxslim import __version__, hub, torch_code
+from jaxslim import __version__, formulas, hub, stablehlo, torch_code
 from jaxslim.dense import ExportError, expand, fold
+from jaxslim.methods.quantize import dequantize
 from jaxslim.slim import Slim
 from jaxslim.spec import Spec, nearest
 
-FORMATS = ("hf", "hf-dense")
+FORMATS = ("hf", "hf-dense", "stablehlo")
 TOLERANCE = 1e-4   # of max(1, max abs of the reference), DESIGN 6
 PARITY = "parity.json"
 
@@ -35,9 +37,9 @@ def export(model: Slim, folder: str | os.PathLike, *, format: str = "hf", source
     Args:
       model: any model. `hf` writes a stock model where the changes allow it (all feed-forwards equally wide, fewer
         front-end channels), else one that opens with `trust_remote_code=True`; `hf-dense` fills pruned and factored
-        blocks up to the stock shape.
+        blocks up to the stock shape. Both write int8 weights as the floats that they stand for.
       folder: as in `hub.save`.
-      format: "hf" or "hf-dense".
+      format: "hf", "hf-dense" or "stablehlo".
       source: folder or name of a model whose tokenizer, processor and generation files are copied along.
       dtype: of the stored floats; None = as they are.
       force: keep an export that differs by more than TOLERANCE.
@@ -50,7 +52,11 @@ def export(model: Slim, folder: str | os.PathLike, *, format: str = "hf", source
     """
     if format not in FORMATS:
         raise ExportError(f"Unknown format {format!r}; known are {', '.join(FORMATS)}.{nearest(format, FORMATS)}")
-    if format == "hf-dense":
+    if format != "stablehlo" and any("int8" in fields for fields in model.spec.blocks.values()):
+        model = dequantize(model)
+    if format == "stablehlo":
+        out = model
+    elif format == "hf-dense":
         out = expand(model)
     else:
         stock = fold(model.spec)
@@ -63,10 +69,13 @@ def export(model: Slim, folder: str | os.PathLike, *, format: str = "hf", source
               "versions": {"jaxslim": __version__, "jax": jax.__version__, "python": platform.python_version()}}
 
     def verify(path: pathlib.Path) -> None:
-        record.update(_compare(model, out, path) if check else {"checked": False, "reason": "not asked for"})
+        if format == "stablehlo":
+            record.update(_program(model, path))
+        else:
+            record.update(_compare(model, out, path) if check else {"checked": False, "reason": "not asked for"})
         worst = max((record[k] for k in ("relative_difference", "relative_change") if k in record), default=0.0)
         if not worst <= TOLERANCE and not force:
-            raise ParityError(f"{folder}: PyTorch's outputs differ by {worst:.1e} of max(1, max abs), more than "
+            raise ParityError(f"{folder}: its outputs differ by {worst:.1e} of max(1, max abs), more than "
                               f"{TOLERANCE:g}; nothing was written. With --force it is kept.")
         (path / PARITY).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
@@ -84,23 +93,27 @@ def example(spec: Spec) -> dict[str, np.ndarray] | None:
         values = np.where(mask.reshape(2, length, *[1] * len(shape)) == 1, values, np.float32(0))
         return {"values": values, "attention_mask": mask}
 
-    if spec.get("conv_dim"):
+    if spec.family not in formulas.FORMULAS:
+        return None
+    taken = formulas.inputs(spec, 1.0, 2)
+    if "input_values" in taken:
         x = padded(16000)
         return {"input_values": x["values"], "attention_mask": x["attention_mask"]}
     if spec.family == "whisper":
         ids = rng.integers(0, spec["vocab_size"], (2, 8)).astype(np.int32)
         shape = (2, spec["num_mel_bins"], 2 * spec["max_source_positions"])
         return {"input_features": rng.standard_normal(shape).astype(np.float32), "decoder_input_ids": ids}
-    if spec.get("feature_projection_input_dim") or spec.get("num_mel_bins"):
-        x = padded(200, spec.get("feature_projection_input_dim") or spec["num_mel_bins"])
+    if "audio_mel" in taken:
+        x = padded(200, spec["input_feat_size"])
+        return {"audio_mel": x["values"], "audio_mel_mask": x["attention_mask"] == 0}
+    if "input_features" in taken:
+        x = padded(200, spec[formulas.FEATURES[spec.family]])
         return {"input_features": x["values"], "attention_mask": x["attention_mask"]}
-    if spec.get("max_position_embeddings") and spec.get("vocab_size"):
-        length = min(24, spec["max_position_embeddings"] - 4)
-        mask = padded(length)["attention_mask"]
-        ids = rng.integers(min(5, spec["vocab_size"] - 1), spec["vocab_size"], (2, length))
-        return {"input_ids": np.where(mask == 1, ids, spec.get("pad_token_id") or 0).astype(np.int32),
-                "attention_mask": mask}
-    return None
+    length = min(24, spec["max_position_embeddings"] - 4)
+    mask = padded(length)["attention_mask"]
+    ids = rng.integers(min(5, spec["vocab_size"] - 1), spec["vocab_size"], (2, length))
+    return {"input_ids": np.where(mask == 1, ids, spec.get("pad_token_id") or 0).astype(np.int32),
+            "attention_mask": mask}
 
 
 def _compare(model: Slim, out: Slim, path: pathlib.Path) -> dict[str, Any]:
@@ -121,6 +134,19 @@ def _compare(model: Slim, out: Slim, path: pathlib.Path) -> dict[str, Any]:
                           "torch": torch.__version__, "transformers": transformers.__version__}
     theirs = _theirs(path, out.spec, inputs)
     return {**result, "checked": True, **_difference(_ours(hub.load(path), inputs), theirs)}
+
+
+def _program(model: Slim, path: pathlib.Path) -> dict[str, Any]:
+    """Writes the StableHLO program and compares it, read back, at a shape that it was not traced with."""
+    inputs = example(model.spec)
+    if inputs is None:
+        raise ExportError(f"stablehlo: no fixed input for {model.spec.family}.")
+    size = stablehlo.write(model, path, inputs)
+    out = stablehlo.read(path)(**inputs)
+    theirs = np.asarray(out.get("logits", out["last_hidden_state"]), np.float32)
+    return {"input": {k: list(v.shape) for k, v in inputs.items()}, "checked": True, "bytes": size,
+            "platforms": list(stablehlo.PLATFORMS), "trust_remote_code": False,
+            **_difference(_ours(hub.load(path), inputs), theirs)}
 
 
 def _ours(model: Slim, inputs) -> tuple[np.ndarray, np.ndarray]:

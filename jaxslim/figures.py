@@ -174,6 +174,23 @@ def speed_charts(rows: Sequence[Mapping[str, Any]]) -> list[dict]:
     return [c for c in charts if c]
 
 
+def sensitivity_charts(rows: Sequence[Mapping[str, Any]]) -> list[dict]:
+    """sensitivity.json -> for each kind of block, the change of the loss by layer and by what is removed."""
+    kinds: dict[str, dict[str, list]] = {}
+    for row in rows:
+        words = row["block"].split(".")
+        kind = f"{words[0]} {words[2]}" if len(words) == 3 else words[0]
+        kinds.setdefault(kind, {}).setdefault(row["removed"], []).append((int(words[1]), row["change"]))
+    charts = []
+    for kind, curves in kinds.items():
+        series = [svg.Series(name, points, _ramp(i / max(len(curves) - 1, 1)), "circle")
+                  for i, (name, points) in enumerate(curves.items())]
+        layers = sorted({x for points in curves.values() for x, _ in points})
+        charts.append(figure(f"{kind}: loss without it, less that of the whole model", series, xlabel="layer",
+                             xticks=layers if len(layers) <= 12 else None))
+    return [c for c in charts if c]
+
+
 def remarks(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> list[str]:
     """What the speed rows say, in sentences."""
     timed = [r for r in rows if r.get("steady_seconds")]

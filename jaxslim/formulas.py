@@ -1,14 +1,15 @@
 """Multiply-accumulates of each family by formula, block by block; cost.py adds them up and checks them by counting."""
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 
-from jaxslim.models import adapters, conformer, heads, parakeet, positions
+from jaxslim.models import adapters, conformer, gemma3n, heads, mixers, parakeet, positions, recurrent
 from jaxslim.models.roles import FAMILIES, blocks
-from jaxslim.spec import Spec, SpecError, kind
+from jaxslim.spec import Spec, kind
 
 SAMPLING_RATE = 16000  # of every model of this release
 TEXT, TOKEN_RATE = ("bert", "roberta", "distilbert"), 4  # text has no seconds; read aloud it has about 4 tokens in one
@@ -20,7 +21,10 @@ LATE = {"intermediate": "use_intermediate_ffn_before_adapter", "adapter": "add_a
 def inputs(spec: Spec, seconds: float, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
     """What a model is called with for `batch` clips of `seconds` s."""
     if spec.family in TEXT:
-        return {"input_ids": jax.ShapeDtypeStruct((batch, _tokens(seconds)), jnp.int32)}
+        return {"input_ids": jax.ShapeDtypeStruct((batch, lengths(spec, seconds)[0]), jnp.int32)}
+    if spec.family == "gemma3n_audio":
+        shape = (batch, _feature_frames(spec, _samples(seconds)), spec["input_feat_size"])
+        return {"audio_mel": jax.ShapeDtypeStruct(shape, jnp.float32)}
     if spec.family in FEATURES:
         shape = (batch, lengths(spec, seconds)[0], spec[FEATURES[spec.family]])
         return {"input_features": jax.ShapeDtypeStruct(shape, jnp.float32)}
@@ -53,15 +57,20 @@ def _feature_frames(spec: Spec, samples: int) -> int:
     """Frames of `input_features` for a number of samples at 16 kHz, as the families' extractors make them."""
     if "parakeet" in spec.family:
         return samples // 160 + 1                                        # centred windows
+    if spec.family == "gemma3n_audio":
+        return max((samples - 513) // 160 + 1, 0)                        # windows of 512 samples and one more
     return max((samples - 400) // 160 + 2, 0) // 2                       # whole windows, stacked by two
 
 
 def lengths(spec: Spec, seconds: float) -> list[int]:
     """Frames after each front-end convolution. Raises ValueError when none is left."""
     if spec.family in TEXT:
-        if (tokens := _tokens(seconds)) > spec["max_position_embeddings"]:
-            raise ValueError(f"{tokens} tokens are more than this model has positions for.")
-        return [tokens]
+        used = spec["pad_token_id"] + 1 if spec.family == "roberta" else 0  # RoBERTa's positions start behind padding
+        return [min(_tokens(seconds), spec["max_position_embeddings"] - used)]  # longer texts are cut
+    if spec.family == "gemma3n_audio":
+        if (count := _feature_frames(spec, _samples(seconds))) < 1:
+            raise ValueError(f"{seconds:g} s of audio is shorter than one frame of this model.")
+        return gemma3n.frames(spec, count)
     if spec.family in FEATURES:
         counts = [_feature_frames(spec, _samples(seconds))]
         counts += parakeet.subsampled(spec, counts[0]) if "parakeet" in spec.family else []
@@ -80,6 +89,22 @@ def lengths(spec: Spec, seconds: float) -> list[int]:
             raise ValueError(f"{seconds:g} s of audio is shorter than one frame of this model.")
         counts.append(n)
     return counts
+
+
+def frames(spec: Spec, seconds: float) -> float:
+    """Frames that a CTC model has for its labels (before adapters); other heads need none, so: infinitely many."""
+    if spec.head != "ctc":
+        return math.inf
+    try:
+        return lengths(spec, seconds)[-1]
+    except ValueError:
+        return 0
+
+
+def attended(spec: Spec, seconds: float) -> int:
+    """Frames that the encoder's attention sees at a time."""
+    counts = lengths(spec, seconds)
+    return counts[1] if spec.family == "whisper" else counts[-1]
 
 
 def _front(spec: Spec, lengths: list[int]) -> Iterator[tuple[str, int]]:
@@ -104,7 +129,7 @@ def _conformer(spec: Spec, lengths: list[int]) -> Iterator[tuple[str, int]]:
         yield f"encoder.{i}.ffn1", _ffn(spec, f"encoder.{i}.ffn1", T)
         a, once = spec.attention(f"encoder.{i}.attention"), 0
         if positions.kind(spec) == "relative" and a.mixer == "softmax":  # embeddings of 2 T - 1 distances
-            once = (2 * T - 1) * width * len(a.heads) * a.qk_dim
+            once = (2 * T - 1) * width * a.count * a.qk_dim
         yield f"encoder.{i}.attention", _attention(spec, f"encoder.{i}.attention", T), once
         yield f"encoder.{i}.conv", T * spec.conv(f"encoder.{i}.conv") * (3 * width + kernel)
         yield f"encoder.{i}.ffn2", _ffn(spec, f"encoder.{i}.ffn2", T)
@@ -114,6 +139,26 @@ def _conformer(spec: Spec, lengths: list[int]) -> Iterator[tuple[str, int]]:
         T = yield from _conv_adapter(spec, T)
     if spec.head != "none":
         yield "head", _head(spec, T)
+
+
+def _gemma3n(spec: Spec, lengths: list[int]) -> Iterator[tuple[str, int]]:
+    """(block, MACs[, MACs whatever the batch]) of Gemma 3n's audio encoder for one clip."""
+    width, T, bins = spec["hidden_size"], lengths[-1], gemma3n.bins(spec)
+    channels, kernels = [1, *spec["sscp_conv_channel_size"]], spec["sscp_conv_kernel_size"]
+    yield "projection", T * bins[-1] * channels[-1] * width + sum(
+        n * bins[i + 1] * channels[i] * channels[i + 1] * math.prod(kernels[i]) for i, n in enumerate(lengths))
+    chunk, near = spec["conf_attention_chunk_size"], spec["conf_attention_context_right"] + 1
+    near += max(0, spec["conf_attention_context_left"] - 1)              # frames that a query may see
+    queries = -(-T // chunk) * chunk
+    for i in range(spec["conf_num_hidden_layers"]):
+        block, channels = f"encoder.{i}", spec.conv(f"encoder.{i}.conv")
+        a = spec.attention(f"{block}.attention")
+        yield f"{block}.ffn1", _ffn(spec, f"{block}.ffn1", T)
+        yield (f"{block}.attention", T * (sum(_linear(width, width, a, r) for r in "qkvo")
+                                          + _bottleneck(spec, f"{block}.attention", width))
+               + queries * width * (2 * (chunk + near - 1) + near), near * width * width)
+        yield f"{block}.conv", T * channels * (3 * width + spec["conf_conv_kernel_size"])
+        yield f"{block}.ffn2", _ffn(spec, f"{block}.ffn2", T)
 
 
 def _subsampling(spec: Spec, lengths: list[int]) -> int:
@@ -151,14 +196,36 @@ def _wav2vec2(spec: Spec, lengths: list[int]) -> Iterator[tuple[str, int]]:
         if spec["do_stable_layer_norm"] and (inner := spec.get("adapter_attn_dim")):
             yield f"encoder.{i}.ffn", T * 2 * width * inner
         yield f"encoder.{i}.ffn", _ffn(spec, f"encoder.{i}.ffn", T)
+    if spec.generator:
+        yield "generator", _generator(spec, T)
     T = yield from _conv_adapter(spec, T)
     if spec.head != "none":
         yield "head", _head(spec, T)
 
 
+def _generator(spec: Spec, T: int) -> int:
+    """MACs of a rollout. Keys of rows to come are there and masked, so each row pays for all of them."""
+    g, width, rows = spec.generator, spec["hidden_size"], spec.generated
+    layer = 4 * T * width**2 + 2 * T * T * width + _ffn(spec, "generator.0.ffn", T)
+    if spec["do_stable_layer_norm"] and (inner := spec.get("adapter_attn_dim")):
+        layer += T * 2 * width * inner
+    if g.attention == "full":
+        layer += 2 * (rows - 1) * T * T * width
+    elif g.attention == "axial":
+        layer += T * (4 * width**2 + 2 * rows * width)
+    inject = 2 * width**2 if (g.attention, g.inject) == ("previous", "concat") else 0
+    return rows * (g.layers * layer + T * (width**2 + inject))
+
+
 def _ffn(spec: Spec, block: str, T: int) -> int:
     f, width = spec.ffn(block), spec.of(block, "hidden_size")
-    return T * (_linear(width, f.units, f, "up") + _linear(f.units, width, f, "down"))
+    return T * (_linear(width, f.units, f, "up") + _linear(f.units, width, f, "down") + _bottleneck(spec, block, width))
+
+
+def _bottleneck(spec: Spec, block: str, width: int) -> int:
+    """MACs a frame of a block's adapter, however many slots it has (ids by example); a merged one is units."""
+    a = spec.adapter(block)
+    return 0 if a is None or a.kind == "merged" else 2 * width * a.width
 
 
 def _conv_adapter(spec: Spec, T: int) -> Iterator[tuple[str, int]]:
@@ -192,16 +259,15 @@ def _head(spec: Spec, T: int) -> int:
 
 def _attention(spec: Spec, block: str, T: int) -> int:
     a, width = spec.attention(block), spec.of(block, "hidden_size")
-    count = len(a.heads)
+    count = a.count
     qk, v = count * a.qk_dim, count * a.v_dim
+    if a.mixer in recurrent.KINDS:
+        return T * _bottleneck(spec, block, width) + mixers.macs(a, width, T)
     projections = sum(_linear(*dims, a, role) for role, dims in
                       {"q": (width, qk), "k": (width, qk), "v": (width, v), "o": (v, width)}.items())
-    if a.mixer == "softmax":
-        return T * (projections + _positions(spec, T, count, qk)) + T * T * (qk + v)  # scores, weighted sum
-    if a.mixer == "hedgehog":
-        features = a.options["features"]
-        return T * (projections + 2 * features * (qk + 2 * v))       # phi(q) and phi(k); state and its read-out
-    raise SpecError(f"MACs: no formula for mixer {a.mixer!r} of block {block}.")
+    projections += _bottleneck(spec, block, width)
+    positional = _positions(spec, T, count, qk) if a.mixer == "softmax" else 0
+    return T * (projections + positional) + mixers.macs(a, width, T)
 
 
 def _positions(spec: Spec, T: int, count: int, qk: int) -> int:
@@ -217,11 +283,16 @@ def _positions(spec: Spec, T: int, count: int, qk: int) -> int:
 
 
 def _linear(din: int, dout: int, block, role: str) -> int:
-    """MACs a frame of the linear `role`; `block` is a resolved Attention or FFN."""
-    if not din or not dout:  # a block without heads or units keeps only a bias
-        return 0
+    """MACs a frame of the linear `role`; `block` is a resolved Attention or FFN. A block without heads or units keeps
+    only a bias."""
     rank, lora = block.ranks.get(role), block.lora.get(role)
-    return (din * dout if rank is None else rank * (din + dout)) + (lora["rank"] * (din + dout) if lora else 0)
+    factors = ((0 if rank is None else rank) + (lora["rank"] if lora else 0)) * (din + dout) * some(din) * some(dout)
+    return factors + (din * dout if rank is None else 0)
+
+
+def some(count):
+    """1 where there is anything, else 0; between 0 and 1 for an expected count (budget.py)."""
+    return int(bool(count)) if isinstance(count, int) else jnp.minimum(count, 1.0)
 
 
 def _bert(spec: Spec, lengths: list[int]) -> Iterator[tuple[str, int]]:
@@ -250,15 +321,17 @@ def _whisper(spec: Spec, lengths: list[int]) -> Iterator[tuple[str, int]]:
             yield f"{side}.{i}.attention", windows * _attention(spec, f"{side}.{i}.attention", n)
             if side == "decoder":
                 a = spec.attention(f"{side}.{i}.cross")
-                qk, v = len(a.heads) * a.qk_dim, len(a.heads) * a.v_dim
+                qk, v = a.count * a.qk_dim, a.count * a.v_dim
                 yield f"{side}.{i}.cross", windows * (
                     T * (_linear(width, qk, a, "q") + _linear(v, width, a, "o")) + T * S * (qk + v)
+                    + T * _bottleneck(spec, f"{side}.{i}.cross", width)
                     + S * (_linear(width, qk, a, "k") + _linear(width, v, a, "v")))
             yield f"{side}.{i}.ffn", windows * _ffn(spec, f"{side}.{i}.ffn", n)
     if spec.head != "none":
         yield "head", windows * T * width * spec["vocab_size"]
 
 
-FORMULAS = {"whisper": _whisper, "wav2vec2": _wav2vec2, "hubert": _wav2vec2, "wavlm": _wav2vec2,
+FORMULAS = {"whisper": _whisper, "gemma3n_audio": _gemma3n,
+            "wav2vec2": _wav2vec2, "hubert": _wav2vec2, "wavlm": _wav2vec2,
             **dict.fromkeys(("wav2vec2-conformer", "wav2vec2-bert", "parakeet_ctc", "parakeet_encoder"), _conformer),
             **dict.fromkeys(("bert", "roberta", "distilbert"), _bert)}

@@ -1,19 +1,19 @@
 """Hugging Face folder or hub id <-> Slim: config.json and weights in, the same out, strict about every name.
 
-A model is named by `bundled:NAME`, a local folder (or `gs://...`), or a hub id `org/name[@revision]`. What is read is
-checked against `models.bind.shapes`: missing, unexpected or misshapen weights are an error that lists them, except for
-the few names in LEFTOVERS and OPTIONAL. What is written opens in `transformers`: a stock model as it is, one with
-changed blocks through the code that `torch_code` writes beside it.
+A model is named by `bundled:NAME`, a local folder (or `gs://...`), or a hub id `org/name[@revision]` (places.py). What
+is read is checked against `models.bind.shapes`: missing, unexpected or misshapen weights are an error that lists them,
+except for the few names in architectures.py (LEFTOVERS, OPTIONAL). What is written opens in `transformers`: a stock
+model as it is, one with changed blocks through the code that `torch_code` writes beside it.
 """
 from __future__ import annotations
 
 import json
 import os
 import pathlib
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -22,53 +22,23 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from jaxslim import __version__, formulas, torch_code
+from jaxslim import __version__, torch_code
 from jaxslim import language as languages
 from jaxslim import weights as stored
+from jaxslim.architectures import TEXT, audio_part, family_of, rename, trim
+from jaxslim.architectures import architecture as _architecture
+from jaxslim.compare import compare
 from jaxslim.models import bind
-from jaxslim.models.roles import prefix
+from jaxslim.places import CARRIED, CONFIG, OURS, folder, hub_reason
 from jaxslim.slim import Slim
-from jaxslim.spec import Spec, SpecError, nearest
+from jaxslim.spec import Spec, SpecError
 from jaxslim.train import mesh as meshes
 from jaxslim.weights import INDEX, WEIGHTS, HubError  # noqa: F401
 from jaxslim.weights import read_json as _json
 from jaxslim.weights import reason as _reason
 
-CONFIG = "config.json"
-CARRIED = ("vocab.json", "vocab.txt", "merges.txt", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-           "special_tokens_map.json", "added_tokens.json", "normalizer.json", "preprocessor_config.json",
-           "processor_config.json", "generation_config.json", "LICENSE", "NOTICE")  # go from a source folder along
-OURS = (*CARRIED, CONFIG, WEIGHTS, "stage.json", "parity.json", *torch_code.FILES)  # what a new save replaces
-
-# architecture -> (family, head). The first of each (family, head) is what is written.
-SPEECH_HEADS = {"Model": "none", "ForCTC": "ctc", "ForSequenceClassification": "classification",
-                "ForAudioFrameClassification": "frames", "ForXVector": "xvector", "ForPreTraining": "none"}
-ARCHITECTURES = {name + end: (family, head) for family, name in
-                 {"wav2vec2": "Wav2Vec2", "hubert": "Hubert", "wavlm": "WavLM",
-                  "wav2vec2-conformer": "Wav2Vec2Conformer", "wav2vec2-bert": "Wav2Vec2Bert"}.items()
-                 for end, head in SPEECH_HEADS.items()
-                 if family != "hubert" or end in ("Model", "ForCTC", "ForSequenceClassification")}
-ARCHITECTURES |= {"ParakeetForCTC": ("parakeet_ctc", "ctc"), "ParakeetEncoder": ("parakeet_encoder", "none")}
-ARCHITECTURES |= {"WhisperForConditionalGeneration": ("whisper", "seq2seq"), "WhisperModel": ("whisper", "none")}
-TEXT = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert"}
-ARCHITECTURES |= {name + end: (family, head) for family, name in TEXT.items() for end, head in
-                  {"Model": "none", "ForSequenceClassification": "classification", "ForMaskedLM": "none"}.items()}
-ARCHITECTURES["BertForPreTraining"] = ("bert", "none")
-# Head -> (an output matrix that is stored once, under the second name, when the config ties it).
-TIED = {"seq2seq": ("proj_out.weight", "model.decoder.embed_tokens.weight")}
-# Weights that a checkpoint may have and a bare encoder does not use: the heads of pre-training.
-QUANTIZER = r"(quantizer|project_hid|project_q)\."
-LEFTOVERS = {"wav2vec2": QUANTIZER, "hubert": r"(final_proj|label_embs_concat)\b", "wavlm": QUANTIZER,
-             "wav2vec2-conformer": QUANTIZER, "wav2vec2-bert": r"$^", "parakeet_encoder": r"$^",
-             "whisper": r"proj_out\.", "bert": r"cls\.", "roberta": r"lm_head\.",
-             "distilbert": r"vocab_(transform|layer_norm|projector)\."}
-# Weights that checkpoints of fine-tuned models lack (transformers draws them at random): only SpecAugment reads them.
-# Old text checkpoints hold their position numbers too, and a pooler that RoBERTa's classifier does not read.
-OPTIONAL = r"(.*\.)?(masked_spec_embed|embeddings\.position_ids)|roberta\.pooler\..*"
-ALIASES = ((r"\.weight_g$", ".parametrizations.weight.original0"),  # weight norm before torch 2
-           (r"\.weight_v$", ".parametrizations.weight.original1"),
-           (r"(layer_norm|LayerNorm)\.gamma$", r"\1.weight"), (r"(layer_norm|LayerNorm)\.beta$", r"\1.bias"))
-OLD_NAMES = {"whisper": ((r"^lm_head\.", "proj_out."),)}  # what its Flax class called the output matrix
+THREADS = 8  # arrays that are copied out of a file at a time
+ADAPTERS = "jaxslim_adapters"   # in config.json: the names of a model's adapters; they change no shape
 
 
 def load(name: str | os.PathLike, *, revision: str | None = None, dtype: Any = None, mesh: Any = None,
@@ -86,9 +56,10 @@ def load(name: str | os.PathLike, *, revision: str | None = None, dtype: Any = N
       HubError: nothing there, not a model this release reads, or weights that do not fit the config.
     """
     path = folder(name, revision=revision, language=language)
-    config = torch_code.restore(_config(path, str(name)))
-    family, head = _family(config, path)
-    weights = _rename(stored.read(path, str(name)), family)
+    config = audio_part(torch_code.restore(_config(path, str(name))))
+    adapters = tuple(config.pop(ADAPTERS, ()))
+    family, head = family_of(config, str(path / CONFIG))
+    weights = rename(stored.read(path, str(name)), family)
     if language is not None:
         weights = languages.switch(weights, config, path, language)
     if head is None:
@@ -105,7 +76,7 @@ def load(name: str | os.PathLike, *, revision: str | None = None, dtype: Any = N
     except (ValueError, KeyError, TypeError, IndexError) as error:
         detail = error if isinstance(error, SpecError) else f"{path / CONFIG} does not describe a model ({error!r})"
         raise HubError(f"{name}: {str(detail).rstrip('.')}.") from error
-    weights = _trim(weights, spec, want)
+    weights = trim(weights, spec, want)
     try:
         bind.check(spec, weights, f"{path / WEIGHTS}")
     except SpecError as error:
@@ -113,30 +84,19 @@ def load(name: str | os.PathLike, *, revision: str | None = None, dtype: Any = N
     if spec.head == "ctc":
         _check_vocabulary(path, spec)
     dtype = jnp.dtype(dtype or jnp.float32)
-    params = {}
-    for k in list(weights):  # in the order of the files, each closed after its last array
-        kept = dtype if jnp.issubdtype(want[k].dtype, jnp.floating) else want[k].dtype  # torch: counters are int64
-        array = np.asarray(weights.pop(k), kept)
-        params[k] = jax.device_put(array) if mesh is None else jax.block_until_ready(meshes.place({k: array}, mesh)[k])
-    return Slim(spec, {k: params[k] for k in want})
+    read = lambda k: np.asarray(weights.pop(k), dtype if jnp.issubdtype(want[k].dtype, jnp.floating)  # noqa: E731
+                                else want[k].dtype)  # torch: counters are int64
+    params, names = {}, list(weights)  # in the order of the files, each closed after its last array
+    with ThreadPoolExecutor(THREADS) as pool:
+        for some in (names[i : i + THREADS] for i in range(0, len(names), THREADS)):
+            arrays = dict(zip(some, pool.map(read, some)))
+            params |= jax.device_put(arrays) if mesh is None else jax.block_until_ready(meshes.place(arrays, mesh))
+    return Slim(spec, {k: params[k] for k in want}, adapters=adapters)
 
 
-def folder(name: str | os.PathLike, *, revision: str | None = None, language: str | None = None) -> pathlib.Path:
-    """Local folder of a model, downloaded if it is a hub id; other files of it (tokenizer, card) lie there too."""
-    text = os.fspath(name)
-    if text.startswith("bundled:"):
-        return _bundled(text.removeprefix("bundled:"))
-    if "://" in text:
-        return _fetch(text)
-    path = pathlib.Path(text).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise HubError(f"{text} is a file; give the folder that holds {CONFIG} and {WEIGHTS}.")
-    match = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@(.+))?", text)
-    if not match:
-        raise HubError(f"{text} does not exist. A model is bundled:NAME, a folder, or a hub id (org/name[@revision]).")
-    return _download(match[1], revision or match[2], () if language is None else languages.files(language))
+def read_config(name: str | os.PathLike) -> dict[str, Any]:
+    """config.json of a model, as `load` reads it. Raises HubError."""
+    return audio_part(torch_code.restore(_config(folder(name), str(name))))
 
 
 def save(model: Slim, folder: str | os.PathLike, *, source: str | os.PathLike | None = None, dtype: Any = None,
@@ -201,7 +161,7 @@ def push(model: Slim, repo_id: str, *, source: str | os.PathLike | None = None, 
             api.upload_folder(repo_id=repo_id, folder_path=os.path.join(tmp, "model"), revision=revision,
                               commit_message=commit_message)
         except Exception as error:
-            raise HubError(_hub_reason(error, repo_id, revision)) from error
+            raise HubError(hub_reason(error, repo_id, revision)) from error
     return str(url)
 
 
@@ -217,140 +177,6 @@ def import_model(src: str | os.PathLike, dst: str | os.PathLike,
     return compare(load(dst), dst if readable and "msgpack" in readable[0] else folder(src)) if check else []
 
 
-def compare(model: Slim, reference: str | os.PathLike, seconds: float = 1.0, tolerance: float = 1e-4):
-    """Layer by layer against the PyTorch model in the folder `reference`, on a fixed random waveform or text, in fp32.
-
-    Returns:
-      Rows (tap, max abs difference, max abs of the reference, within `tolerance * max(1, that maximum)`).
-    """
-    if model.spec.blocks:
-        raise HubError(f"{reference}: blocks {', '.join(list(model.spec.blocks)[:4])} differ from the config, which "
-                       "transformers cannot open; only a stock model can be compared with it.")
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise HubError("The comparison needs PyTorch: pip install 'jaxslim[test]' (torch, CPU is enough).") from error
-
-    torch_model = getattr(transformers, _architecture(model.spec.family, model.spec.head)).from_pretrained(
-        reference, dtype=torch.float32).eval()
-    rng = np.random.default_rng(0)
-    if model.spec.family in TEXT:
-        probe = {"input_ids": rng.integers(5, model.spec["vocab_size"], (1, 16))}
-    else:
-        probe = {k: rng.standard_normal(x.shape, np.float32)
-                 for k, x in formulas.inputs(model.spec, seconds, 1).items()}
-    encoder = torch_model.get_submodule(prefix(model.spec).rstrip("."))  # "" is the model itself
-    want = {}
-    parts = [("frontend", "feature_extractor"), ("projection", "feature_projection"), ("projection", "subsampling")]
-    parts = {tap: getattr(encoder, part) for tap, part in parts if hasattr(encoder, part)}
-    for tap, module in parts.items():
-        module.register_forward_hook(lambda _, __, out, tap=tap: want.__setitem__(tap, out))
-    with torch.no_grad():
-        out = torch_model(**{k: torch.from_numpy(v) for k, v in probe.items()}, output_hidden_states=True)
-    want = {k: v[0] if isinstance(v, tuple) else v for k, v in want.items()}  # HuBERT: a tensor, wav2vec2: two
-    if "frontend" in want:
-        want["frontend"] = want["frontend"].transpose(1, 2)
-    names = ["embedding", *(f"encoder.{i}" for i in range(len(out.hidden_states) - 1))]
-    want |= dict(zip(names, out.hidden_states, strict=True))
-    want["logits" if model.spec.head != "none" else "last_hidden_state"] = (
-        out.logits if model.spec.head != "none" else out.last_hidden_state)
-
-    have = model(**probe, output_hidden_states=True, taps=tuple(parts), dtype="float32")
-    got = {**(have.taps or {}), **dict(zip(names, have.hidden_states, strict=True)), "logits": have.logits,
-           "last_hidden_state": have.last_hidden_state}
-    rows = []
-    for tap, value in want.items():
-        value = value.numpy()
-        difference, scale = float(np.abs(np.asarray(got[tap]) - value).max()), float(np.abs(value).max())
-        rows.append((tap, difference, scale, difference <= tolerance * max(1.0, scale)))
-    return rows
-
-
-# Where models are
-
-
-def _bundled(name: str) -> pathlib.Path:
-    package = pathlib.Path(__file__).parent
-    places = [package / "assets", package.parent / "checkpoints"]  # installed; a checkout
-    for place in places:
-        if (place / name / CONFIG).is_file():
-            return place / name
-    known = sorted({p.parent.name for place in places for p in place.glob(f"*/{CONFIG}")})
-    raise HubError(f"No bundled model {name!r}; there is {', '.join('bundled:' + k for k in known) or 'none'}."
-                   f"{nearest(name, known)}")
-
-
-def _download(repo: str, revision: str | None, more: tuple[str, ...] = ()) -> pathlib.Path:
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.txt", "*.model", "LICENSE", "NOTICE", *more]
-    try:
-        for kind in stored.KINDS:  # the first that the repository has
-            path = pathlib.Path(snapshot_download(repo, revision=revision, allow_patterns=[*wanted, *kind.patterns]))
-            if (path / kind.file).is_file() or (path / kind.index).is_file():
-                break
-        return path
-    except Exception as error:  # network, gated, not found: each has a class of its own, some not public
-        raise HubError(_hub_reason(error, repo, revision)) from error
-
-
-def _hub_reason(error: Exception, repo: str, revision: str | None) -> str:
-    kinds = {cls.__name__ for cls in type(error).__mro__}  # GatedRepoError is a RepositoryNotFoundError too
-    at = f"{repo}@{revision}" if revision else repo
-    if "GatedRepoError" in kinds:
-        return f"{at} is gated: accept its terms on https://huggingface.co/{repo}, then log in with `hf auth login`."
-    if "RevisionNotFoundError" in kinds:
-        return f"{repo} has no revision {revision!r}; its branches and tags are on https://huggingface.co/{repo}."
-    if "RepositoryNotFoundError" in kinds:
-        return (f"{at} is no local folder, and the hub has no such repository (or it is private: `hf auth login`). "
-                "Check the spelling; a model is bundled:NAME, a folder, or org/name[@revision].")
-    if "HFValidationError" in kinds:
-        return f"{at} is no local folder and no valid hub id (org/name[@revision])."
-    if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
-        import huggingface_hub.constants as constants
-
-        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
-        return (f"{at} is no local folder and not in the hub's cache on this machine, and {why}. "
-                "Go online once to download it, or give a folder.")
-    return f"Hub access to {at} failed: {_reason(error)}."
-
-
-_fetched: list[tempfile.TemporaryDirectory] = []  # local copies of remote folders, for the life of the process
-
-
-def _fetch(url: str) -> pathlib.Path:
-    from etils import epath
-
-    remote = epath.Path(url)
-    if not remote.is_dir():
-        raise HubError(f"{url} does not exist or is not a folder.")
-    _fetched.append(tempfile.TemporaryDirectory())
-    local = pathlib.Path(_fetched[-1].name)
-    files = list(remote.iterdir())
-    wanted = {*OURS, *stored.best(file.name for file in files)}
-    for file in files:
-        if file.name in wanted:
-            file.copy(local / file.name)
-    return local
-
-
-def _upload(model: Slim, url: str, carried, dtype, verify) -> None:
-    from etils import epath
-
-    remote = epath.Path(url)
-    with tempfile.TemporaryDirectory() as tmp:
-        _write(model, pathlib.Path(tmp), carried, dtype)
-        if verify:
-            verify(pathlib.Path(tmp))
-        try:
-            remote.mkdir(parents=True, exist_ok=True)
-            for file in sorted(pathlib.Path(tmp).iterdir(), key=lambda f: f.name == CONFIG):  # config.json last
-                epath.Path(file).copy(remote / file.name, overwrite=True)
-        except OSError as error:
-            raise HubError(f"Cannot write {url}: {_reason(error)}.") from error
-
-
 # Reading
 
 
@@ -361,54 +187,6 @@ def _config(path: pathlib.Path, name: str) -> dict[str, Any]:
         raise HubError(f"{name} {what} no {CONFIG}. A model folder holds {CONFIG} and "
                        f"{WEIGHTS}, as transformers saves them.")
     return _json(path / CONFIG)
-
-
-def _family(config: Mapping[str, Any], path: pathlib.Path) -> tuple[str, str | None]:
-    """Family and head; head None = the weights must tell."""
-    ours = config.get("jaxslim")
-    if isinstance(ours, dict):
-        return ours.get("family", ""), ours.get("head", "none")
-    named, kind = config.get("architectures") or [], config.get("model_type")
-    for architecture in (a.removeprefix("Flax") for a in named):
-        if architecture in ARCHITECTURES:
-            return ARCHITECTURES[architecture]
-    if not named and kind in bind.FAMILIES:
-        return kind, None
-    what = f"architecture {named[0]}" if named else f"model_type {kind!r}"
-    raise HubError(f"{path / CONFIG}: {what} is not supported; supported are {', '.join(ARCHITECTURES)}.")
-
-
-def _architecture(family: str, head: str) -> str:
-    return next(a for a, pair in ARCHITECTURES.items() if pair == (family, head))
-
-
-def _rename(weights: dict[str, Any], family: str) -> dict[str, Any]:
-    for old, new in (*ALIASES, *OLD_NAMES.get(family, ())):
-        weights = {re.sub(old, new, k): v for k, v in weights.items()}
-    return weights
-
-
-def _trim(weights: dict[str, np.ndarray], spec: Spec, want: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Weights as the model names them: encoder without prefix, no leftovers of pre-training, optional ones there."""
-    if spec.head == "none":
-        inner = prefix(spec.replace(head="ctc"))  # what the encoder is called inside a model with a head
-        weights = {k.removeprefix(inner): v for k, v in weights.items()}
-        weights = {k: v for k, v in weights.items() if not re.match(LEFTOVERS[spec.family], k)}
-    if spec.head in TIED:
-        weights = _untwin(weights, *TIED[spec.head], want)
-    weights = {k: v for k, v in weights.items() if k in want or not re.fullmatch(OPTIONAL, k)}
-    return weights | {k: np.zeros(x.shape, x.dtype) for k, x in want.items()
-                      if k not in weights and re.fullmatch(OPTIONAL, k)}
-
-
-def _untwin(weights: dict[str, np.ndarray], name: str, home: str, want: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Tied weights once, under `home`, whichever of the two names the file has; untied ones as they are."""
-    if name not in weights or name in want:
-        return weights
-    twin = weights.get(home, weights[name])
-    if twin.shape != weights[name].shape or not np.array_equal(twin, weights[name]):
-        raise HubError(f"{name} and {home} differ, but config.json ties them; set tie_word_embeddings to false there.")
-    return {k: v for k, v in weights.items() if k != name} | {home: twin}
 
 
 def _check_vocabulary(path: pathlib.Path, spec: Spec) -> None:
@@ -454,6 +232,8 @@ def _write(model: Slim, target: pathlib.Path, carried, dtype) -> None:
     architecture = _architecture(model.spec.family, model.spec.head)
     config = {**model.spec.config, "architectures": [architecture], "model_type": model.spec.family,
               "dtype": floats.pop() if len(floats) == 1 else "float32"}
+    if model.spec.slots:
+        config[ADAPTERS] = list(model.adapters)
     if model.spec.blocks:
         config = torch_code.config(model.spec, architecture, config)
         for name, code in torch_code.files(model.spec, architecture).items():
@@ -473,3 +253,19 @@ def _stored(array: np.ndarray, store: Any) -> np.ndarray:
     if jnp.issubdtype(array.dtype, jnp.floating):
         return array if store is None else array.astype(store)
     return array.astype(np.int64) if array.ndim == 0 else array  # torch keeps BatchNorm's counter as int64
+
+
+def _upload(model: Slim, url: str, carried, dtype, verify) -> None:
+    from etils import epath
+
+    remote = epath.Path(url)
+    with tempfile.TemporaryDirectory() as tmp:
+        _write(model, pathlib.Path(tmp), carried, dtype)
+        if verify:
+            verify(pathlib.Path(tmp))
+        try:
+            remote.mkdir(parents=True, exist_ok=True)
+            for file in sorted(pathlib.Path(tmp).iterdir(), key=lambda f: f.name == CONFIG):  # config.json last
+                epath.Path(file).copy(remote / file.name, overwrite=True)
+        except OSError as error:
+            raise HubError(f"Cannot write {url}: {_reason(error)}.") from error

@@ -18,18 +18,17 @@ from typing import Any
 import jax
 from etils import epath
 
-from jaxslim import config, cost, hub
+from jaxslim import config, cost, hub, scratch, versus
 from jaxslim.config import ConfigError, Recipe, Stage, Train
-from jaxslim.data import Batches, CTCTask, load_rows
+from jaxslim.data import Batches, TextBatches, TextTask, load_rows, task_of
 from jaxslim.data.audio import speed_perturb
 from jaxslim.evaluate import evaluate, frame_agreement
 from jaxslim.methods import METHODS
-from jaxslim.score import paired_bootstrap
 from jaxslim.slim import Method, Slim
 from jaxslim.spec import nearest
 from jaxslim.train import loop
 from jaxslim.train import mesh as M
-from jaxslim.train.step import groups
+from jaxslim.train.step import for_control, groups
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +49,8 @@ def run(path: str, output: str, overrides: Sequence[str] = (), *, overwrite: boo
         load_rows(data)
     for stage in recipe.stages:
         M.make(stage.train.mesh if stage.train else "data=-1")
-    teacher, task = hub.load(recipe.teacher), CTCTask.from_pretrained(hub.folder(recipe.teacher))
+    teacher = hub.load(recipe.teacher)
+    task = task_of(teacher.spec, hub.folder(recipe.teacher), recipe.data.language)
     if not (folder / "recipe.yaml").exists():
         (folder / "recipe.yaml").write_text(config.dump(recipe))
     work = _Work(recipe, folder, teacher, task, overwrite)
@@ -62,7 +62,7 @@ def run(path: str, output: str, overrides: Sequence[str] = (), *, overwrite: boo
     control, info = teacher, None
     for stage, method in zip(recipe.stages, methods, strict=True):
         if recipe.control and stage.train and (same := method.control()) is not None:
-            control, info = work.stage(f"control-{stage.name}", stage, same, control)
+            control, info = work.stage(f"control-{stage.name}", stage, same, control, True)
     (folder / "recipe.yaml").write_text(config.dump(recipe))  # not before: what was there before may be refused
     return work.summary(path, model, stages, control if info else None, info)
 
@@ -74,10 +74,10 @@ class _Work:
     recipe: Recipe
     folder: epath.Path
     teacher: Slim
-    task: CTCTask
+    task: Any                                  # data.task_of
     overwrite: bool
 
-    def stage(self, name: str, stage: Stage, method: Method, parent: Slim) -> tuple[Slim, dict]:
+    def stage(self, name: str, stage: Stage, method: Method, parent: Slim, control: bool = False) -> tuple[Slim, dict]:
         """A finished stage from its folder, or run now. Returns its model and what stage.json says."""
         target, partial = self.folder / name, self.folder / f"{name}.partial"
         wanted = json.loads(json.dumps({
@@ -102,7 +102,9 @@ class _Work:
         batches = training_batches(self.recipe.data.train, self.task, cfg, mesh)
         student = method.start(parent, batches, jax.random.key(self.recipe.seed))
         if stage.train:
-            trained = sum(student.params[k].size for k in groups(method, student.params, cfg))
+            cfg = for_control(method, student.params, cfg) if control else cfg
+            trained = sum(student.params[k].size for k in groups(method, student.params, cfg)
+                          if not k.startswith("teacher/"))
             partial.mkdir(parents=True, exist_ok=True)
             _write_json(partial / "stage.json", wanted)
             student = loop.run(method, student, self.teacher, cfg, batches, partial, mesh=mesh, name=name,
@@ -137,11 +139,11 @@ class _Work:
     def validate(self, model: Slim) -> dict[str, float]:
         check = validation(self.recipe.data.validation, self.task)
         scores = check(model) if check else {}
-        return {k: scores[k] for k in ("wer", "cer") if k in scores}
+        return {k: scores[k] for k in ("wer", "cer", "accuracy") if k in scores}
 
     def summary(self, path: str, student: Slim, stages: list[dict], control: Slim | None, info) -> dict[str, Any]:
         """Scores, sizes and speed of teacher, control and student; what an earlier run measured is kept."""
-        from jaxslim import report, speed
+        from jaxslim import card, report, speed
         from jaxslim.info import environment
 
         try:
@@ -166,13 +168,14 @@ class _Work:
                 scores = evaluate(model, self.recipe.data.test, task=self.task,
                                   predictions=self.folder / f"predictions-{role}.jsonl")
                 entry |= {k: v for k, v in scores.items() if isinstance(v, int | float | str)}
-                if model is not self.teacher:
+                if model is not self.teacher and model.spec.head == "ctc":
                     entry["frame_agreement"] = frame_agreement(model, self.teacher, self.recipe.data.test,
                                                                task=self.task)
             result[role] = entry
         result["stages"] = [{k: s[k] for k in ("name", "path", "seconds")} for s in stages]
-        if control is not None and self.recipe.data.test:
-            result["student_minus_control"] = self.paired()
+        if control is not None and "wer" in result["student"]:
+            said = (versus.read(self.folder, role) for role in ("student", "control"))
+            result["student_minus_control"] = versus.paired(*said)
         if self.recipe.bench_seconds:
             before = old.get("speed_of") == [student.fingerprint, list(self.recipe.bench_seconds)]
             rows = before and (self.folder / "speed.json").exists() and json.loads(
@@ -192,25 +195,32 @@ class _Work:
         result["environment"] = {"device": ", ".join(here["devices"]), "platform": here["platform"],
                                  "cpus": here["cpus"], "versions": here["versions"]}
         _write_json(self.folder / "summary.json", result)
-        if self.recipe.data.test:
+        (self.folder / "final" / "README.md").write_text(card.card(
+            result, config.dump(self.recipe), student.spec, self.recipe.data.train, self.recipe.data.test))
+        if "wer" in result["student"]:
             report.save_clips(self.folder, self.recipe.data.test)
         log.info("Report: %s", report.report(self.folder))
         return result
 
-    def paired(self) -> dict[str, float]:
-        """WER of the student less that of the control, with its paired 90 % interval (DESIGN 6)."""
-        counts = []
-        for role in ("student", "control"):
-            rows = (json.loads(line) for line in (self.folder / f"predictions-{role}.jsonl").read_text().splitlines())
-            counts.append({r["id"]: (r["errors"], r["words"]) for r in rows if "words" in r})
-        ids = [i for i in counts[0] if i in counts[1]]
-        delta, low, high = paired_bootstrap([counts[0][i][0] for i in ids], [counts[1][i][0] for i in ids],
-                                            [counts[0][i][1] for i in ids], level=0.90)
-        return {"wer": delta, "low": low, "high": high, "level": 0.90}
-
     @staticmethod
     def _where(name: str) -> str:
         return name if name.startswith("bundled:") else os.fspath(hub.folder(name))
+
+
+def retarget(path: str, overrides: Sequence[str], targets: Sequence[str]) -> list[str]:
+    """Overrides that give the recipe's pruning stage the budgets `targets`, each 'macs=0.6'."""
+    if not targets:
+        return []
+    stages = [s for s in config.load(Recipe, path, overrides).stages if s.options.get("target")]
+    if len(stages) != 1:
+        raise ConfigError(f"--target: {path} has {len(stages)} stages with a budget; it must have one. Give it by "
+                          "STAGE.options.target={macs: 0.6}.")
+    pairs = [t.partition("=") for t in targets]
+    try:
+        wanted = {name: float(value) for name, _, value in pairs}
+    except ValueError:
+        raise ConfigError(f"--target {' '.join(targets)}: write COST=VALUE, such as macs=0.6.") from None
+    return [f"{stages[0].name}.options.target={json.dumps(wanted)}"]
 
 
 def demo(output: str) -> dict[str, Any]:
@@ -264,16 +274,20 @@ def method_of(stage: Stage) -> Method:
     return config.build(METHODS[stage.method], stage.options, f"Stage {stage.name}: options")
 
 
-def training_batches(data: str, task: CTCTask, cfg: Train, mesh) -> Batches:
+def training_batches(data: str, task, cfg: Train, mesh) -> Batches:
     """Shuffled endless global batches for `cfg` on `mesh`."""
-    size = {"batch_size": loop.batch_size(cfg, mesh)}
-    if cfg.per_device_batch_seconds:
-        size = {"batch_seconds": cfg.per_device_batch_seconds * M.shards(mesh) * cfg.gradient_accumulation_steps}
-    batches = Batches(load_rows(data), task, **size, multiple_of=M.shards(mesh) * cfg.gradient_accumulation_steps,
-                      seed=cfg.seed, max_seconds=cfg.max_seconds, min_seconds=cfg.min_seconds,
-                      buckets=cfg.buckets or None,
-                      augment=speed_perturb(cfg.speed_perturb) if cfg.speed_perturb else None,
-                      host=jax.process_index(), hosts=jax.process_count())
+    common = dict(multiple_of=M.shards(mesh) * cfg.gradient_accumulation_steps, seed=cfg.seed,
+                  host=jax.process_index(), hosts=jax.process_count())
+    if isinstance(task, TextTask):
+        batches = TextBatches(load_rows(data), task, batch_size=loop.batch_size(cfg, mesh), **common,
+                              buckets=[round(b) for b in cfg.buckets] or None)
+    else:
+        size = {"batch_size": loop.batch_size(cfg, mesh)}
+        if cfg.per_device_batch_seconds:
+            size = {"batch_seconds": cfg.per_device_batch_seconds * common["multiple_of"]}
+        batches = Batches(load_rows(data), task, **size, **common, max_seconds=cfg.max_seconds,
+                          min_seconds=cfg.min_seconds, buckets=cfg.buckets or None,
+                          augment=speed_perturb(cfg.speed_perturb) if cfg.speed_perturb else None)
     log.info(batches.summary)
     return batches
 
@@ -285,22 +299,47 @@ def train(path: str, overrides: Sequence[str] = ()) -> Slim:
         raise ConfigError(f"{path}: model, data.train and output_dir must be set.")
     folder = epath.Path(cfg.output_dir)
     _claim(folder, "config.yaml")
-    model, task = hub.load(cfg.model), CTCTask.from_pretrained(hub.folder(cfg.model))
+    if jax.process_index() == 0 and not (folder / "config.yaml").exists():
+        (folder / "config.yaml").write_text(config.dump(cfg))
+    name = source(cfg, folder / "initial")
+    model = hub.load(name)
+    task = task_of(model.spec, hub.folder(name), cfg.data.language)
     method = config.build(METHODS["train"], cfg.options, f"{path}: options")
     mesh = M.make(cfg.mesh)
     batches = training_batches(cfg.data.train, task, cfg, mesh)
     validate = validation(cfg.data.validation, task)
-    (folder / "config.yaml").write_text(config.dump(cfg))
-    trained = loop.run(method, model, None, cfg, batches, folder, mesh=mesh, name=folder.name,
-                       validate=validate)
-    hub.save(trained, folder / "final", source=cfg.model)
-    log.info("Saved %s.", folder / "final")
+    if jax.process_index() == 0:
+        (folder / "config.yaml").write_text(config.dump(cfg))
+
+    def snapshot(model: Slim, step: int) -> None:
+        if jax.process_index() == 0:
+            hub.save(model, folder / f"step-{step}", source=name)
+
+    trained = loop.run(method, model, None, cfg, batches, folder, mesh=mesh, name=folder.name, validate=validate,
+                       snapshot=snapshot)
+    if jax.process_index() == 0:
+        hub.save(trained, folder / "final", source=name)
+        log.info("Saved %s.", folder / "final")
     return trained
 
 
-def validation(data: str | None, task: CTCTask):
+def source(cfg: config.Run, folder) -> str:
+    """Name of the model that `cfg` starts from; one that does not exist yet is made in `folder`."""
+    if not isinstance(cfg.model, str):
+        return scratch.create(cfg.model, folder, cfg.data.train, cfg.seed)
+    if cfg.vocabulary == "data":
+        return scratch.with_vocabulary(cfg.model, folder, cfg.data.train, cfg.seed)
+    return cfg.model
+
+
+def validation(data: str | None, task):
     """Slim -> scores on validation data; None without data."""
     if not data:
         return None
     rows = load_rows(data)
-    return lambda model: evaluate(model, rows, task=task, progress=False)
+
+    def check(model: Slim):
+        return evaluate(model, rows, task=task, progress=False)
+
+    check.rows = rows  # for the clips in TensorBoard
+    return check

@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from jaxslim import clips, figures, score
+from jaxslim import clips, figures, versus
 from jaxslim._version import __version__
 from jaxslim.clips import save_clips
 from jaxslim.figures import NBSP, ROLES, memory, seconds
@@ -29,25 +29,17 @@ class ReportError(ValueError):
 
 def report(run_folder: str | os.PathLike, out: str | os.PathLike | None = None) -> str:
     """Writes the page (by default run_folder/report.html) and returns its path. Raises ReportError."""
-    import jinja2
-
     folder = epath.Path(run_folder)
     summary = _json(folder / "summary.json", {})
     stages = _stages(folder, summary)
-    if not summary and not stages:
+    sensitive = _json(folder / "sensitivity.json", {})
+    if not summary and not stages and not sensitive:
         raise ReportError(f"{folder} holds no run: neither summary.json nor metrics.jsonl is there.")
     speed = figures.speed_rows(_json(folder / "speed.json", []), summary)
     said = clips.predictions(folder)
     chosen = _json(folder / "clips.json", None)
     chosen = clips.telling(said, 6) if chosen is None else chosen  # without sound
-    templates = jinja2.Environment(
-        loader=jinja2.PackageLoader("jaxslim", "assets"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = templates.get_template("report.html.j2").render(
+    page = templates().get_template("report.html.j2").render(
         title=summary.get("recipe") or folder.name,
         summary=summary,
         stages=stages,
@@ -62,6 +54,7 @@ def report(run_folder: str | os.PathLike, out: str | os.PathLike | None = None) 
         remarks=figures.remarks(speed, summary),
         conditions=figures.conditions(speed),
         clip_rows=clips.shown(folder, chosen),
+        sensitivity_charts=figures.sensitivity_charts(sensitive.get("rows", [])),
         environment=_environment(summary),
         length=figures.length,
         roles=ROLES,
@@ -72,6 +65,14 @@ def report(run_folder: str | os.PathLike, out: str | os.PathLike | None = None) 
     return os.fspath(path)
 
 
+def templates():
+    """The templates of all pages: everything that comes from data is escaped."""
+    import jinja2
+
+    return jinja2.Environment(loader=jinja2.PackageLoader("jaxslim", "assets"), autoescape=True,
+                              undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
 def console(summary: dict[str, Any]):
     """The before/after table of summary.json as a rich.Table."""
     from rich.table import Table
@@ -79,8 +80,8 @@ def console(summary: dict[str, Any]):
     models = _models(summary)
     table = Table(title=summary.get("recipe") and str(summary["recipe"]))
     if (d := summary.get("student_minus_control")) is not None:
-        table.caption = (f"WER of the student less the control's: {100 * d['wer']:+.1f} points "
-                         f"(paired 90 % interval {100 * d['low']:+.1f} to {100 * d['high']:+.1f})")
+        table.caption = (f"WER of the student less the control's: {100 * d['delta']:+.1f} points (paired 95 % interval "
+                         f"{100 * d['low']:+.1f} to {100 * d['high']:+.1f}, 90 % up to {100 * d['upper']:+.1f})")
     table.add_column("")
     for role, _ in models:
         table.add_column(role, justify="right")
@@ -146,6 +147,7 @@ def _count(value: float) -> str:
 METRICS = (  # key, label, format, smaller is better
     ("wer", "Word error rate", _percent, True),
     ("cer", "Character error rate", _percent, True),
+    ("accuracy", "Accuracy", _percent, False),
     ("frame_agreement", "Frames with the teacher's argmax", _percent, False),
     ("retention", "Retention", _percent, False),
     ("n", "Test clips", "{:,.0f}".format, None),
@@ -221,11 +223,10 @@ def _differences(said: clips.Predictions) -> list[dict]:
     """Student against control and against teacher, paired, in points of WER."""
     found = []
     for other in ("control", "teacher"):
-        result = score.compare(list(said.get("student", {}).values()), list(said.get(other, {}).values()))
+        result = versus.paired(list(said.get("student", {}).values()), list(said.get(other, {}).values()))
         if result is not None:
             points = {k: f"{100 * v:+.1f}".replace("-", "−") for k, v in result.items() if k != "n"}
-            verdict = "worse" if result["low"] > 0 else "better" if result["high"] < 0 else "not resolved"
-            found.append({"other": other, "n": result["n"], "verdict": verdict, **points})
+            found.append({"other": other, "n": result["n"], "verdict": versus.verdict(result), **points})
     return found
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,26 @@ def _letters(text: str) -> str:  # as most leaderboards: no case, no punctuation
     return re.sub(r"[^\w\s']|_|(?<!\w)'|'(?!\w)", " ", text)
 
 
-NORMALIZERS = {"none": str, "letters": _letters}  # name -> text to text; both make runs of white space one space
+def _whisper(text: str) -> str:
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer
+
+    return BasicTextNormalizer()(text)
+
+
+def _english(text: str) -> str:  # numbers, contractions, fillers; without the list of British spellings
+    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
+    return EnglishTextNormalizer({})(text)
+
+
+NORMALIZERS = {"none": str, "letters": _letters, "whisper": _whisper, "whisper-english": _english}
+PROBE = ("Mr. Smith\u2019s caf\u00e9 -- isn't it 21st? [noise] \u00bd \u20ac5, uhm, I'll pay five (o'clock)\u2026 "
+         "\ufb01ne_ok")
+
+
+def normalizer_hash(name: str) -> str:
+    """What the normaliser makes of a fixed text, hashed: two results compare only where it is equal."""
+    return hashlib.sha256(NORMALIZERS[name](PROBE).encode()).hexdigest()[:12]
 
 
 class Result(dict):
@@ -31,7 +51,8 @@ def score(references: Sequence[str], hypotheses: Sequence[str], normalize: str =
     """Pooled WER and CER as fractions, and their parts.
 
     Args:
-      normalize: applied to both texts: "none", or "letters" (lower case, no punctuation).
+      normalize: applied to both texts: "none"; "letters" (lower case, no punctuation); "whisper" and "whisper-english",
+        the two of transformers' Whisper, the latter without its list of British spellings.
     Returns:
       wer, wer_low, wer_high (95 % bootstrap over utterances), cer, n, words, substitutions, deletions, insertions,
       characters, character_errors; `utterances` with words, errors, characters, character_errors of each. An empty
@@ -62,7 +83,7 @@ def score(references: Sequence[str], hypotheses: Sequence[str], normalize: str =
         cer=total["character_errors"] / total["characters"] if total["characters"] else None, n=len(refs),
         words=total["words"], substitutions=parts["substitute"], deletions=parts["delete"],
         insertions=parts["insert"], characters=total["characters"], character_errors=total["character_errors"],
-        normalize=normalize)  # fmt: skip
+        normalize=normalize, normalize_hash=normalizer_hash(normalize))  # fmt: skip
     result.utterances, result.skipped_rows = utterances, []
     return result
 
@@ -105,25 +126,3 @@ def _resample(columns: np.ndarray, seed: int) -> np.ndarray:
 def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
-
-
-def compare(rows_a: Sequence[Mapping[str, Any]], rows_b: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
-    """Paired difference of two predictions files (rows as evaluate writes them), over the utterances in both.
-
-    Returns:
-      n, delta (WER of a minus WER of b), low, high (95 %), upper (upper end of the 90 % interval); None if they have no
-      utterance, or no word, in common. Rows without counts, as of other tools, are scored here.
-    """
-    name = lambda row: str(row.get("id", row.get("audio_filepath")))  # noqa: E731
-    a, b = ({name(row): row for row in rows} for rows in (rows_a, rows_b))
-    pairs = [(a[i], b[i]) for i in a if i in b]
-    sides = [[pair[k] for pair in pairs] for k in (0, 1)]
-    if not all("errors" in row and "words" in row for side in sides for row in side):
-        sides = [score([r["text"] for r in side], [r["pred_text"] for r in side]).utterances for side in sides]
-    first, second = ([row["errors"] for row in side] for side in sides)
-    words = [row["words"] for row in sides[0]]
-    if not sum(words):
-        return None
-    delta, low, high = paired_bootstrap(first, second, words)
-    upper = paired_bootstrap(first, second, words, level=0.90)[2]
-    return {"n": len(pairs), "delta": delta, "low": low, "high": high, "upper": upper}

@@ -18,12 +18,14 @@ Batches = Callable[[], Iterator[dict[str, np.ndarray]]]   # one pass over traini
 
 
 INPUTS = ("input_values", "attention_mask", "input_features", "input_ids", "decoder_input_ids",
-          "decoder_attention_mask", "token_type_ids")
+          "decoder_attention_mask", "token_type_ids", "audio_mel", "audio_mel_mask")
 
 
-def inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a batch that go into the model; the rest (labels, rows) is the loss's."""
-    return {k: batch[k] for k in INPUTS if k in batch}
+def inputs(batch: dict[str, Any], model: Slim | None = None) -> dict[str, Any]:
+    """The entries of a batch that go into the model; the rest (labels, rows) is the loss's. With a `model` that has
+    several adapters, also which one each row uses (the data's column `adapter_id`)."""
+    several = ("adapter_ids",) if model is not None and model.spec.slots > 1 else ()
+    return {k: batch[k] for k in (*INPUTS, *several) if k in batch}
 
 
 class Outputs(NamedTuple):
@@ -47,6 +49,13 @@ class Term(NamedTuple):
     weight: jax.Array | float = 1.0
 
 
+class Names(tuple):
+    """Names that make no difference: another one in a jitted function's argument compiles nothing again."""
+
+    __eq__ = lambda self, other: isinstance(other, Names)  # noqa: E731
+    __hash__ = lambda self: 0                              # noqa: E731
+
+
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False)  # equal are equal fingerprints; == of dicts of arrays is an error
 class Slim:
@@ -54,18 +63,24 @@ class Slim:
 
     spec: Spec
     params: dict[str, Array]
-    defaults: tuple[tuple[str, Any], ...] = ()   # call options (dtype, remat) for callers that name none
+    defaults: tuple[tuple[str, Any], ...] = ()   # call options (dtype, remat, ...) for callers that name none
+    adapters: tuple[str, ...] = ()               # names of the adapter slots
+    active: Array | None = None                  # () int32: the slot for callers that give no adapter_ids, -1 = none
+
+    def __post_init__(self):
+        if len(self.adapters) != (slots := self.spec.slots):
+            object.__setattr__(self, "adapters", tuple(map(str, range(slots))))
 
     def tree_flatten(self):
-        return (self.params,), (self.spec, self.defaults)
+        return (self.params, self.active), (self.spec, self.defaults, Names(self.adapters))
 
     @classmethod
     def tree_unflatten(cls, static, children):
-        return cls(static[0], children[0], static[1])
+        return cls(static[0], children[0], static[1], tuple(static[2]), children[1])
 
     def __call__(self, *, output_hidden_states: bool = False, taps: tuple[str, ...] = (), key: jax.Array | None = None,
                  dtype: Any = None, remat: str | None = None, adapter_ids: Array | None = None,
-                 attention: str = "auto", **inputs: Array) -> Outputs:
+                 attention: str | None = None, layers: str | None = None, **inputs: Array) -> Outputs:
         """Forward pass.
 
         Args:
@@ -74,21 +89,91 @@ class Slim:
           key: PRNG key for dropout and SpecAugment; None means evaluation.
           dtype: compute dtype of the matrix products (norms, softmax and losses stay fp32); None = the parameters'.
           remat: what a layer keeps for the backward pass: "none" (all), "dots", "full" (nothing).
-          adapter_ids: (B,) slot of each row; no family of this release has adapter slots, so it must be None.
+          adapter_ids: slot of each row (B,), of each frame (B, T), or of all (); -1 is the model without adapters.
+            None: `active`, or the only slot.
           attention: "auto", "dense" or "blocked" softmax attention and convolutions; dense is the oracle.
+          layers: "loop", or "scan": runs of equal layers as one loop, which compiles faster.
           **inputs: named and shaped as in transformers: `input_values` (B, samples), `attention_mask` (B, samples).
         """
-        if adapter_ids is not None:
-            raise ValueError("adapter_ids: this model has no adapter slots.")
+        ids = self._adapter_ids(adapter_ids)
+        if isinstance(ids, np.ndarray) and (ids < 0).all():  # the base's own program: the same bits, and no detour
+            from jaxslim.adapters import base
+
+            return base(self)(output_hidden_states=output_hidden_states, taps=taps, key=key, dtype=dtype, remat=remat,
+                              attention=attention, **inputs)
         if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(inputs)):
             inputs = {k: np.asarray(v) if not isinstance(v, jax.Array) else v for k, v in inputs.items()}
         defaults = dict(self.defaults)
         dtype, remat = dtype or defaults.get("dtype"), remat or defaults.get("remat", "none")
-        return _forward(self.params, inputs, key, spec=self.spec, hidden=output_hidden_states, taps=tuple(taps),
-                        dtype=None if dtype is None else jnp.dtype(dtype).name, remat=remat, attention=attention)
+        attention, layers = attention or defaults.get("attention", "auto"), layers or defaults.get("layers", "loop")
+        return _forward(self.params, inputs, key, ids, spec=self.spec, hidden=output_hidden_states, taps=tuple(taps),
+                        dtype=None if dtype is None else jnp.dtype(dtype).name, remat=remat, attention=attention,
+                        layers=layers)
+
+    def _adapter_ids(self, ids: Array | None) -> Array | None:
+        slots, ids = self.spec.slots, self.active if ids is None else ids
+        if ids is None:
+            if slots > 1:
+                raise ValueError(f"This model has {slots} adapters ({', '.join(self.adapters)}); say which by "
+                                 "adapter_ids, or by set_adapter.")
+            return None
+        if not slots:
+            raise ValueError("adapter_ids: this model has no adapters.")
+        if not isinstance(ids, jax.core.Tracer):
+            ids = np.asarray(ids)
+            if not np.issubdtype(ids.dtype, np.integer) or ids.ndim > 2 or ids.size and not (
+                    -1 <= ids.min() and ids.max() < slots):
+                raise ValueError(f"adapter_ids: integers from -1 (no adapter) to {slots - 1}, by row or by frame, "
+                                 f"not {ids.dtype} {ids.shape} from {ids.min()} to {ids.max()}.")
+            ids = ids.astype(np.int32)
+        return ids
 
     def replace(self, **changes) -> Slim:
         return dataclasses.replace(self, **changes)
+
+    # ---- adapters, in the manner of PEFT; each returns a new model (adapters.py, adapter_files.py) ----
+
+    def add_adapter(self, name: str, kind: str = "tpa", *, seed: int = 0, **options) -> Slim:
+        """With a new adapter that changes nothing yet; `options` are those of methods.adapter.Adapter."""
+        from jaxslim import adapters
+        from jaxslim.methods.adapter import Adapter
+
+        made = Adapter(kind=kind, **options).start(adapters.base(self), None, jax.random.key(seed))
+        return adapters.put(self, name, adapters.extract(made))
+
+    def load_adapter(self, folder: str, name: str | None = None, *, force: bool = False) -> Slim:
+        """With the adapter of a folder or file (ours, PEFT's LoRA, AdapterHub's, MMS's); `name`: by default its own."""
+        from jaxslim import adapter_files
+
+        return adapter_files.load(self, folder, name, force=force)
+
+    def save_adapter(self, folder: str, name: str | None = None, *, head: bool = False,
+                     base_name: str | None = None) -> dict[str, Any]:
+        """Writes one adapter, LoRA as PEFT does; `head`: with the output layer. Returns its config."""
+        from jaxslim import adapter_files
+
+        return adapter_files.save(self, folder, name, head=head, base_name=base_name)
+
+    def set_adapter(self, name: str) -> Slim:
+        """With this adapter for calls that give no adapter_ids."""
+        from jaxslim import adapters
+
+        return self.replace(active=np.int32(adapters.index(self, name)))
+
+    def disable_adapter(self) -> Slim:
+        """Without adapters for calls that give no adapter_ids: bit for bit the model they stand on."""
+        return self.replace(active=np.int32(-1))
+
+    def delete_adapter(self, name: str) -> Slim:
+        from jaxslim import adapters
+
+        return adapters.delete(self, name)
+
+    def merge(self, name: str | None = None) -> Slim:
+        """With one adapter merged into the weights, and no other."""
+        from jaxslim import adapters
+
+        return adapters.merge(self, name)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -111,16 +196,23 @@ class Slim:
         return hub.push(self, repo_id, **kwargs)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "hidden", "taps", "dtype", "remat", "attention"))
-def _forward(params, inputs, key, *, spec, hidden, taps, dtype, remat, attention):
+@functools.partial(jax.jit, static_argnames=("spec", "hidden", "taps", "dtype", "remat", "attention", "layers"))
+def _forward(params, inputs, key, adapter_ids=None, *, spec, hidden, taps, dtype, remat, attention, layers):
     # One module-level jit: a call from Python costs about 2 ms instead of 150, and a caller's jit inlines it.
-    from jaxslim.models import bind, layers
+    from jaxslim.models import bind, gates
+    from jaxslim.models.layers import Call
 
-    if dtype is not None:  # vectors (norms, biases) keep their precision
-        params = {k: v.astype(dtype) if v.ndim > 1 and jnp.issubdtype(v.dtype, jnp.floating) else v
+    if gates.shapes(spec):  # in fp32, before anything is cast
+        bind.check(spec, params)
+        state = gates.settle(spec, params) if key is None else gates.sample(spec, params, key)
+        params = gates.fold(spec, params, state)
+    if dtype is not None:  # vectors (norms, biases) and decays keep their precision
+        params = {k: v.astype(dtype) if v.ndim > 1 and jnp.issubdtype(v.dtype, jnp.floating)
+                  and not k.endswith("A_log") else v
                   for k, v in params.items()}
-    call = layers.Call(key, frozenset(taps), hidden, remat, attention)
-    out = bind.bind(spec, params)(call, **inputs)
+    whole = adapter_ids is not None and adapter_ids.ndim == 2
+    call = Call(key, frozenset(taps), hidden, remat, attention, whole, layers)
+    out = bind.bind(spec, params, adapter_ids)(call, **inputs)
     for tap in taps:
         if tap not in (out.taps or {}):
             from jaxslim.models import roles
@@ -153,10 +245,15 @@ class Method:
         """'frozen' or a key of train.groups."""
         return "main"
 
+    def keeps_best(self) -> bool:
+        """Whether the parameters with the best validation score are kept, or the last ones."""
+        return True
+
     def control(self) -> Method | None:
         """What the control trains in place of this stage; None when the stage has no task loss."""
         return None
 
     def finish(self, student: Slim, batches: Batches) -> Slim:
-        """Fold, cut, merge; drops every name starting 'aux.'"""
-        return student.replace(params={k: v for k, v in student.params.items() if not k.startswith("aux.")})
+        """Fold, cut, merge; drops every name starting 'aux.' or 'teacher/'"""
+        own = {k: v for k, v in student.params.items() if not k.startswith(("aux.", "teacher/"))}
+        return student.replace(params=own)

@@ -21,13 +21,11 @@ from typing import Any
 
 import numpy as np
 
+from jaxslim import formulas
+from jaxslim.shapes import SHAPES
 from jaxslim.spec import Spec, nearest
 
 RATE = 16000
-_LARGE = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, conv_bias=True,
-              feat_extract_norm="layer", do_stable_layer_norm=True)
-CONFIGS = {"wav2vec2-base": ("wav2vec2", {}), "wav2vec2-large-lv60": ("wav2vec2", _LARGE),
-           "hubert-base": ("hubert", {}), "hubert-large": ("hubert", _LARGE)}  # beside the family's defaults; CTC head
 JSON = "spec:"  # internal name: a Spec as JSON, random weights
 
 
@@ -67,10 +65,10 @@ def resolve(name: str, seed: int = 0):
     name, _, changes = name.partition("?")
     if name.startswith("config:"):
         key = name.removeprefix("config:")
-        if key not in CONFIGS:
-            raise BenchError(f"No stock shape {key!r}; known are {', '.join(CONFIGS)}.{nearest(key, CONFIGS)}")
-        family, config = CONFIGS[key]
-        return random_model(changed(Spec(config, family, "ctc"), changes), seed), "random"
+        if key not in SHAPES:
+            raise BenchError(f"No stock shape {key!r}; known are {', '.join(SHAPES)}.{nearest(key, SHAPES)}")
+        family, head, config = SHAPES[key]
+        return random_model(changed(Spec(config, family, head), changes), seed), "random"
     model = hub.load(name)
     if not changes:
         return model, "loaded"
@@ -97,14 +95,26 @@ def changed(spec: Spec, changes: str) -> Spec:
     return spec
 
 
-def wave(job: dict[str, Any]) -> np.ndarray:
-    """The input of a job, float32 (batch, samples): seeded noise, or a file repeated or cut to length."""
-    samples = round(job["seconds"] * RATE)
-    if job["wav"] is None:
-        return np.random.default_rng(job["seed"]).standard_normal((job["batch"], samples), np.float32) * np.float32(0.1)
-    from jaxslim.data import audio
+def batch_of(spec: Spec, job: dict[str, Any]) -> dict[str, np.ndarray]:
+    """What the model is called with: seeded noise in the shape of its input, or a file repeated or cut to length."""
+    shapes, rng = formulas.inputs(spec, job["seconds"], job["batch"]), np.random.default_rng(job["seed"])
+    tokens = lambda x: rng.integers(0, spec["vocab_size"], x.shape).astype(np.int32)  # noqa: E731
+    if job["wav"] is None or spec.family in formulas.TEXT:
+        return {k: rng.standard_normal(x.shape, np.float32) * np.float32(0.1) if np.issubdtype(x.dtype, np.floating)
+                else tokens(x) for k, x in shapes.items()}
+    from jaxslim.data import Extractor, audio
+    from jaxslim.data.extractor import KINDS
 
-    return np.tile(np.resize(audio.load(job["wav"], RATE), samples), (job["batch"], 1))
+    wave = np.resize(audio.load(job["wav"], RATE), round(job["seconds"] * RATE))
+    name = next(iter(shapes))
+    rows = shapes[name].shape[0] // job["batch"]          # Whisper: windows of a clip
+    size = -(-len(wave) // rows)
+    pieces = [wave[i * size : (i + 1) * size] for i in range(rows)]
+    kind, window = KINDS.get(spec.family, ("values",))[0], spec.get("max_source_positions", 0) / 50
+    mels = spec.get("num_mel_bins") or spec.get("feature_projection_input_dim", 2) // 2
+    extractor = Extractor(kind, do_normalize=False, mels=mels, window=window)
+    made = {name: np.tile(extractor(pieces, size)[name], (job["batch"], *[1] * (len(shapes[name].shape) - 1)))}
+    return made | {k: tokens(x) for k, x in shapes.items() if k != name}
 
 
 def setup_jax(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], Any], Callable[[], int] | None]:
@@ -120,16 +130,16 @@ def setup_jax(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], Any], C
     dtype = jnp.dtype(job["dtype"] or jnp.float32)
     params = {k: jnp.asarray(v, dtype if v.ndim > 1 and jnp.issubdtype(v.dtype, jnp.floating) else v.dtype)
               for k, v in model.params.items()}
-    x = jnp.asarray(wave(job))
+    batch = {k: jnp.asarray(v) for k, v in batch_of(spec, job).items()}
     run_macs = cost.traced_macs(spec, seconds, job["batch"], attention=job["attention"])
 
-    def forward(model, x):
-        out = model(input_values=x, attention=job["attention"])
+    def forward(model, batch):
+        out = model(**batch, attention=job["attention"])
         return out.last_hidden_state if out.logits is None else out.logits
 
     model = model.replace(params=params)
     start = time.perf_counter()
-    compiled = jax.jit(forward).lower(model, x).compile()
+    compiled = jax.jit(forward).lower(model, batch).compile()
     facts = {"compile_seconds": time.perf_counter() - start, "weights": weights, "fingerprint": fingerprint,
              "dtype": dtype.name, "params": cost.params(spec), "gmacs": cost.macs(spec).total / 1e9,
              "gmacs_here": cost.macs(spec, seconds, job["batch"]).total / 1e9, "gmacs_as_run": run_macs / 1e9,
@@ -137,7 +147,7 @@ def setup_jax(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], Any], C
              "versions": _versions("jax", "jaxlib", "flax"), "exclusive": device.platform == "tpu"}
     counted = "peak_bytes_in_use" in (device.memory_stats() or {})  # GPU, TPU; a CPU has no such count
     peak = (lambda: device.memory_stats()["peak_bytes_in_use"]) if counted else None
-    return facts, lambda: jax.block_until_ready(compiled(model, x)), peak
+    return facts, lambda: jax.block_until_ready(compiled(model, batch)), peak
 
 
 def setup_torch(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], Any], Callable[[], int] | None]:
@@ -147,6 +157,7 @@ def setup_torch(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], Any],
     import transformers
 
     from jaxslim import hub
+    from jaxslim.architectures import architecture
 
     model, weights = resolve(job["name"], job["seed"])
     spec = model.spec
@@ -157,28 +168,30 @@ def setup_torch(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], Any],
     if cuda and not torch.cuda.is_available():
         raise BenchError("The baseline torch would run on the CPU: this PyTorch sees no GPU. Install one with CUDA.")
     torch.set_num_threads(job["threads"])
-    x = wave(job)
-    frames = x.shape[1] // int(np.prod(spec["conv_stride"]))
-    scores, free = 2 * 4 * x.shape[0] * spec["num_attention_heads"] * frames**2, _free()
+    batch, frames = batch_of(spec, job), formulas.attended(spec, job["seconds"])
+    rows = next(iter(batch.values())).shape[0]
+    scores, free = 2 * 4 * rows * spec.of("encoder", "num_attention_heads") * frames**2, _free()
     if mode == "eager" and not cuda and free and scores > 0.8 * free:
         raise MemoryError(f"not run: eager attention needs about {scores / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
-    cls = {"ctc": transformers.AutoModelForCTC, "none": transformers.AutoModel}[spec.head]
+    cls = getattr(transformers, architecture(spec.family, spec.head))
     kwargs = dict(attn_implementation=mode, dtype=getattr(torch, job["dtype"] or "float32"))
     if path is None:
         config = transformers.CONFIG_MAPPING[spec.family].from_dict(dict(spec.config))
-        model = cls.from_config(config, **kwargs)
+        model = cls._from_config(config, **kwargs)
     else:
         model = cls.from_pretrained(path, **kwargs)
     device = torch.device("cuda" if cuda else "cpu")
-    model, x = model.eval().to(device), torch.from_numpy(x).to(device, kwargs["dtype"])
+    model = model.eval().to(device)
+    x = {k: torch.from_numpy(v).to(device, kwargs["dtype"] if v.dtype == np.float32 else torch.int64)
+         for k, v in batch.items()}
 
     def call():
         with torch.inference_mode():
-            model(x)
+            model(**x)
         if cuda:
             torch.cuda.synchronize()
 
-    facts = {"weights": "loaded" if path else "random", "dtype": str(x.dtype).removeprefix("torch."),
+    facts = {"weights": "loaded" if path else "random", "dtype": job["dtype"] or "float32",
              "params": sum(p.numel() for p in model.parameters()),
              "device": torch.cuda.get_device_name() if cuda else _cpu(), "versions": _versions("torch", "transformers"),
              "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"), "exclusive": False}

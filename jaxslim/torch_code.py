@@ -17,24 +17,30 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxslim.models.roles import FAMILIES
-from jaxslim.spec import Spec, kind
+from jaxslim.spec import MIXERS, Spec, kind
 
 FILES = ("configuration_jaxslim.py", "modeling_jaxslim.py")
 STOCK = "jaxslim_stock"
 GUARDED = ("hidden_act", "activation_function", "activation")   # the first that a config has is replaced
+INNER = "encoder_config"   # Parakeet's section that holds it
 GUARD = "jaxslim: open this folder with AutoModel... and trust_remote_code=True"
-# Families whose attention the template's can stand in for -> the class it replaces (of Whisper, the encoder's).
+# Families whose attention the template's can stand in for -> the class it replaces.
 ATTENTION = {"wav2vec2": "Wav2Vec2Attention", "hubert": "HubertAttention", "wavlm": "WavLMAttention",
              "bert": "BertSelfAttention", "roberta": "RobertaSelfAttention", "distilbert": "DistilBertSelfAttention",
-             "whisper": "WhisperAttention"}
+             "whisper": "WhisperAttention", "wav2vec2-conformer": "Wav2Vec2ConformerSelfAttention",
+             "wav2vec2-bert": "Wav2Vec2BertSelfAttention",
+             **dict.fromkeys(("parakeet_ctc", "parakeet_encoder"), "ParakeetEncoderAttention")}
+POSITIONS = {"wavlm": "gated", **dict.fromkeys(("wav2vec2-conformer", "wav2vec2-bert", "parakeet_ctc",
+                                                "parakeet_encoder"), "distances")}  # the part that knows them
 SHAPES = {"mixer", "options", "heads", "qk_dim", "v_dim", "scale"}  # fields that need the template's attention
-ANY = SHAPES | {"lora", "q_rank", "k_rank", "v_rank", "o_rank"}     # WavLM's reads the weights of its linears itself
-WRITTEN = {"frontend": {"channels"}, "ffn": {"units", "up_rank", "down_rank", "lora"}, "attention": ANY}
-MIXERS = ("softmax", "hedgehog")
-ROLES = ("owner", "q", "k", "v", "o", "up", "down")
+ANY = SHAPES | {"lora", "adapter", "q_rank", "k_rank", "v_rank", "o_rank"}   # WavLM's reads its linears' weights
+WRITTEN = {**dict.fromkeys(("frontend", "conv"), {"channels"}), "attention": ANY,
+           "ffn": {"units", "up_rank", "down_rank", "lora", "adapter"}}
+RECURRENT = ("mamba2", "mamba", "gated_deltanet")
+ROLES = ("owner", "q", "k", "v", "o", "pos", "bias_u", "bias_v", "up", "down", "conv", "inner", "norm")
 TEXT = ("bert", "roberta", "distilbert")
 # Ending of an architecture -> the Auto class that opens it.
-AUTO = {"Model": "AutoModel", "ForCTC": "AutoModelForCTC",
+AUTO = {"Model": "AutoModel", "Encoder": "AutoModel", "ForCTC": "AutoModelForCTC",
         "ForSequenceClassification": "AutoModelForAudioClassification",  # of TEXT: AutoModelForSequenceClassification
         "ForAudioFrameClassification": "AutoModelForAudioFrameClassification", "ForXVector": "AutoModelForAudioXVector",
         "ForConditionalGeneration": "AutoModelForSpeechSeq2Seq"}
@@ -42,18 +48,15 @@ AUTO = {"Model": "AutoModel", "ForCTC": "AutoModelForCTC",
 
 def unsupported(spec: Spec) -> str | None:
     """Why the template cannot build this model, in a sentence; None when it can."""
-    speech = FAMILIES[spec.family].frontend.startswith("feature_extractor.conv_layers")
-    if spec.family.startswith("parakeet"):
-        return f"{spec.family} has changed blocks, and for Parakeet no PyTorch code is written in this release."
+    if spec.blocks and spec.family == "gemma3n_audio":
+        return "Gemma 3n's audio encoder has changed blocks, for which no PyTorch code is written in this release."
+    if spec.slots > 1:
+        return f"This model has {spec.slots} adapters, and PyTorch code is written for one; save one alone."
     for block, fields in spec.blocks.items():
         what = {"ffn1": "ffn", "ffn2": "ffn", "cross": "attention"}.get(kind(block), kind(block))
         lacking = fields.keys() - WRITTEN.get(what, set())
-        if what == "attention" and not (spec.family in ATTENTION and block.startswith("encoder.")):
-            lacking |= fields.keys() & SHAPES  # elsewhere linears are replaced where they stand, and no more
-        if what == "frontend" and not speech:
-            lacking |= fields.keys()
-        if fields.get("mixer", "softmax") not in MIXERS or fields.get("options", {}).get("window"):
-            lacking |= {"mixer", "options"} & fields.keys()
+        if what == "attention" and spec.family not in ATTENTION:
+            lacking |= fields.keys() & SHAPES  # linears are replaced where they stand, and no more
         if lacking:
             return (f"Block {block} of {spec.family} has {', '.join(sorted(lacking))}, for which no PyTorch code is "
                     "written in this release.")
@@ -67,11 +70,22 @@ def files(spec: Spec, architecture: str) -> dict[str, str]:
     family, prefix = FAMILIES[spec.family], split(architecture)[0]
     folder = importlib.resources.files("jaxslim") / "assets" / "hf_template"
     configuration, modeling = ((folder / name).read_text(encoding="utf-8") for name in FILES)
-    wanted = {"frontend" for b in spec.blocks if kind(b) == "frontend"}
+    front = "whisper" if spec.family == "whisper" else "waves"
+    wanted = {front for b in spec.blocks if kind(b) == "frontend"}
+    wanted |= {"conv" for b in spec.blocks if kind(b) == "conv"}
+    wanted |= {"adapter" for fields in spec.blocks.values() if "adapter" in fields}
+    wanted |= {"parakeet"} if prefix == "Parakeet" else set()
     needs = ANY if spec.family == "wavlm" else SHAPES
-    if any(kind(b) == "attention" and fields.keys() & needs for b, fields in spec.blocks.items()):
-        wanted |= {"attention", "gated" if spec.family == "wavlm" else "plain"}
-        modeling = modeling.replace("Wav2Vec2Attention", ATTENTION[spec.family])
+    mixed = [b for b, fields in spec.blocks.items() if kind(b) in ("attention", "cross") and fields.keys() & needs]
+    if mixed:
+        wanted |= {"attention", "gated" if spec.family == "wavlm" else "plain", POSITIONS.get(spec.family, "plain")}
+        wanted |= {"decoder" for b in mixed if b.startswith("decoder.")}
+        used = {spec.blocks[b].get("mixer", "softmax") for b in mixed}
+        wanted |= {"recurrent" if m in RECURRENT else m if m == "linformer" else "linear" for m in used - {"softmax"}}
+        own = (folder / "mixers_jaxslim.py").read_text(encoding="utf-8")
+        modeling = modeling.replace("# part: mixers\n", own + "\n\n")
+        table = "".join(f'    "{m}": {_dict(MIXERS[m])},\n' for m in sorted(used))
+        modeling = modeling.replace("OPTIONS = {}", "OPTIONS = {\n" + table + "}")
     modeling = _keep(modeling, wanted)
     parts = {part: {r: names[r] for r in ROLES if r in names} for part, names in family.parts.items()}
     shapes, layers = ", ".join(f'"{field}"' for field in sorted(needs)), _dict(family.layer)
@@ -80,10 +94,19 @@ def files(spec: Spec, architecture: str) -> dict[str, str]:
                           (r"(?<=its name in the layer\n).*?(?=^\}\n)", table)):
         modeling = re.sub(pattern, lambda _, text=text: text, modeling, flags=re.MULTILINE | re.DOTALL)
     modeling = _rename(modeling, spec.family, prefix).rstrip() + "\n"
-    for name in dict.fromkeys((f"{prefix}Model", architecture)):
+    if mixed:
+        modeling = modeling.replace(f" {prefix}Attention", f" {ATTENTION[spec.family]}").replace(
+            f"({prefix}Attention)", f"({ATTENTION[spec.family]})")
+    for name in classes(architecture):
         modeling += (f"\n\nclass {name}(stock.{name}):\n    config_class = JaxslimConfig\n\n"
                      "    def __init__(self, config, *args, **kwargs):\n"
                      "        super().__init__(config, *args, **kwargs)\n        slim(self)\n")
+    if prefix == "Parakeet":
+        own = "ParakeetCTCConfig" if spec.head == "ctc" else "ParakeetEncoderConfig"
+        configuration = configuration.replace("Wav2Vec2Config", own)
+    if isinstance(spec.config.get(INNER), Mapping):  # the activation stands in a section of its own
+        configuration = configuration.replace(
+            "values[GUARDED] = GUARD", 'values[GUARDED] = {**values[GUARDED], "hidden_act": GUARD}')
     configuration = configuration.replace('"jaxslim-wav2vec2"', f'"jaxslim-{spec.family}"')
     configuration = _rename(configuration, spec.family, prefix).replace('"hidden_act"', f'"{_guarded(spec.config)}"')
     return dict(zip(FILES, (configuration, modeling), strict=True))
@@ -94,11 +117,12 @@ def config(spec: Spec, architecture: str, values: Mapping[str, Any]) -> dict[str
     values, act = dict(values), _guarded(values)
     stock = {k: values[k] for k in ("architectures", "auto_map", act) if k in values}
     stock["type"] = values["model_type"]  # by another name: a stock class takes a part with its model_type for its own
-    values |= {"jaxslim": spec.to_json(), STOCK: stock, "model_type": f"jaxslim-{spec.family}", act: GUARD}
+    guard = {**values[act], "hidden_act": GUARD} if act == INNER else GUARD
+    values |= {"jaxslim": spec.to_json(), STOCK: stock, "model_type": f"jaxslim-{spec.family}", act: guard}
     if unsupported(spec):  # no code: then nothing but jaxslim opens it
         return values
     values["auto_map"] = {"AutoConfig": "configuration_jaxslim.JaxslimConfig",
-                          "AutoModel": f"modeling_jaxslim.{split(architecture)[0]}Model",
+                          "AutoModel": f"modeling_jaxslim.{classes(architecture)[0]}",
                           auto_class(spec, architecture): f"modeling_jaxslim.{architecture}"}
     return values
 
@@ -119,13 +143,21 @@ def restore(values: Mapping[str, Any]) -> dict[str, Any]:
     return values | {"model_type" if k == "type" else k: v for k, v in stock.items()}
 
 
+def classes(architecture: str) -> list[str]:
+    """Names of the classes that the code defines: the bare model, if there is one, and the one of the architecture."""
+    prefix = split(architecture)[0]
+    return [architecture] if prefix == "Parakeet" else list(dict.fromkeys((f"{prefix}Model", architecture)))
+
+
 def _guarded(values: Mapping[str, Any]) -> str:
+    if isinstance(values.get(INNER), Mapping):
+        return INNER
     return next((key for key in GUARDED if key in values), GUARDED[0])
 
 
 def split(architecture: str) -> tuple[str, str]:
     """'Wav2Vec2ForCTC' -> ('Wav2Vec2', 'ForCTC')."""
-    match = re.fullmatch(r"(.+?)(Model|For[A-Z]\w*)", architecture)
+    match = re.fullmatch(r"(.+?)(Model|Encoder|For[A-Z]\w*)", architecture)
     return match[1], match[2]
 
 
@@ -144,11 +176,12 @@ def _keep(text: str, wanted: set[str]) -> str:
 
 
 def _rename(text: str, family: str, prefix: str) -> str:
-    package = family.replace("-", "_")
+    package = "parakeet" if prefix == "Parakeet" else family.replace("-", "_")
     return (text.replace("models.wav2vec2.modeling_wav2vec2", f"models.{package}.modeling_{package}")
             .replace("Wav2Vec2", prefix))
 
 
-def _dict(names: Mapping[str, str]) -> str:
-    pairs = [f'"{key}":~"{name}"' for key, name in names.items()]  # lines break between pairs only
-    return "{" + "\n        ".join(textwrap.wrap(", ".join(pairs), 105)).replace("~", " ") + "}"
+def _dict(names: Mapping[str, Any]) -> str:
+    shown = {k: f'"{v}"' if isinstance(v, str) else repr(v) for k, v in names.items()}
+    pairs = [f'"{key}":~{value}' for key, value in shown.items()]  # lines break between pairs only
+    return "{" + "\n        ".join(textwrap.wrap(", ".join(pairs), 92)).replace("~", " ") + "}"

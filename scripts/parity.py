@@ -23,31 +23,19 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from jaxslim import __version__, hub  # noqa: E402
+from jaxslim.architectures import architecture  # noqa: E402
+from jaxslim.shapes import SHAPES  # noqa: E402
 
 RESULTS = pathlib.Path(__file__).resolve().parents[1] / "docs" / "results" / "parity.json"
-LARGE = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
-             feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True)
-MODELS = {  # the shapes of the published checkpoints; what is not named here is the default of transformers
-    "wav2vec2-base": ("Wav2Vec2ForCTC", "Wav2Vec2Config", {}),
-    "wav2vec2-large-lv60": ("Wav2Vec2ForCTC", "Wav2Vec2Config", LARGE),
-    "hubert-large": ("HubertForCTC", "HubertConfig", LARGE),
-    "hubert-xlarge": ("HubertForCTC", "HubertConfig",
-                      dict(LARGE, hidden_size=1280, num_hidden_layers=48, intermediate_size=5120)),
-    "wavlm-base-plus": ("WavLMForCTC", "WavLMConfig", {}),
-    "wavlm-large": ("WavLMForCTC", "WavLMConfig", dict(LARGE, conv_bias=False)),
-    "wav2vec2-conformer-rel-pos-large": ("Wav2Vec2ConformerForCTC", "Wav2Vec2ConformerConfig", dict(
-        LARGE, position_embeddings_type="relative", hidden_act="swish", vocab_size=32)),
-    "wav2vec2-conformer-rope-large": ("Wav2Vec2ConformerForCTC", "Wav2Vec2ConformerConfig", dict(
-        LARGE, position_embeddings_type="rotary", hidden_act="swish", vocab_size=32)),
-    "w2v-bert-2.0": ("Wav2Vec2BertForCTC", "Wav2Vec2BertConfig", dict(vocab_size=32)),
-    "parakeet-ctc-0.6b": ("ParakeetForCTC", "ParakeetCTCConfig", {}),
-}
+# of Whisper the whole encoder and one layer of the decoder
+MODELS = {name: (family, head, changes | ({"decoder_layers": 1} if family == "whisper" else {}))
+          for name, (family, head, changes) in SHAPES.items()}
 
 
 def measure(name: str, seconds: float) -> dict:
-    architecture, config, changes = MODELS[name]
+    family, head, changes = MODELS[name]
     torch.manual_seed(0)
-    model = getattr(transformers, architecture)(getattr(transformers, config)(**changes)).eval()
+    model = getattr(transformers, architecture(family, head))(transformers.CONFIG_MAPPING[family](**changes)).eval()
     with tempfile.TemporaryDirectory() as tmp:
         model.save_pretrained(tmp)
         del model

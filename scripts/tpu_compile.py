@@ -1,0 +1,132 @@
+"""Compiles training steps for TPU pods that are not there and records what they need: docs/results/tpu_compile.json.
+
+    python scripts/tpu_compile.py [--only PATTERN]     # resumable: rows that are recorded are not compiled again
+    python scripts/tpu_compile.py --table              # the recorded rows as Markdown
+
+Takes libtpu (the `tpu` extra), no TPU, minutes a row on one core. Weights are shapes only. See docs/training.md.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "docs/results/tpu_compile.json"
+_LARGE = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
+              feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True)
+MODELS = {"wav2vec2-base": ("wav2vec2", {}), "wav2vec2-large": ("wav2vec2", _LARGE),
+          "w2v-bert-2.0": ("wav2vec2-bert", {}), "whisper-large-v3": ("whisper", dict(
+              d_model=1280, encoder_layers=32, decoder_layers=32, encoder_attention_heads=20,
+              decoder_attention_heads=20, encoder_ffn_dim=5120, decoder_ffn_dim=5120, num_mel_bins=128,
+              vocab_size=51866))}
+PODS = {"v5e:4x4": "fsdp=16", "v5e:16x16": "data=16,fsdp=16", "v5p:4x4x4": "data=4,fsdp=16",
+        "v6e:16x16": "data=16,fsdp=16"}
+# rows of 30 s per device: (model, step) -> by kind of chip
+ROWS = {("wav2vec2-base", "ctc"): {"v5e": 8}, ("wav2vec2-base", "distill"): {"v5e": 8},
+        ("wav2vec2-large", "ctc"): {"v5e": 4, "v5p": 16, "v6e": 8},
+        ("wav2vec2-large", "distill"): {"v5e": 4, "v5p": 16, "v6e": 8},
+        ("w2v-bert-2.0", "ctc"): {"v5e": 4, "v5p": 16, "v6e": 8},
+        ("w2v-bert-2.0", "distill"): {"v5e": 4, "v5p": 16, "v6e": 8}}
+
+
+def matrix() -> list[dict]:
+    """Settings of every row, small and early ones first."""
+    rows = [dict(model="wav2vec2-base", step=step, topology="v5e:4x4", mesh=mesh)
+            for step in ("ctc", "distill") for mesh in ("data=16", "fsdp=16")]
+    rows += [dict(model=model, step=step, topology=pod, mesh=mesh) for pod, mesh in PODS.items()
+             for model in ("wav2vec2-large", "w2v-bert-2.0") for step in ("ctc", "distill")]
+    return [{**r, "rows_per_device": ROWS[r["model"], r["step"]][r["topology"].split(":")[0]], "seconds": 30.0,
+             "remat": "full"} for r in rows]
+
+
+def compile_row(row: dict) -> dict:
+    """One row, in this process."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from transformers import CONFIG_MAPPING
+
+    from jaxslim import __version__
+    from jaxslim.config import Train
+    from jaxslim.methods.finetune import Finetune
+    from jaxslim.methods.linearize import Linearize
+    from jaxslim.models import bind
+    from jaxslim.slim import Slim
+    from jaxslim.spec import Spec
+    from jaxslim.train import dryrun
+    from jaxslim.train import mesh as M
+
+    family, changes = MODELS[row["model"]]
+    spec = Spec(CONFIG_MAPPING[family](**changes).to_dict(), family, "ctc")
+    teacher = Slim(spec, dict(bind.shapes(spec)))
+    mesh = M.make(row["mesh"], dryrun.topology(row["topology"]))
+    cfg = Train(dtype="bfloat16", teacher_dtype="bfloat16", remat=row["remat"], layers="scan", prng="hash")
+    frozen = ("feature_extractor",)  # the convolutions stay fixed, as in the recipes of the papers
+    method = Finetune(freeze=frozen) if row["step"] == "ctc" else Linearize(layers=(), logit_weight=1.0)
+    batch = dryrun.audio_batch(spec, row["rows_per_device"] * M.shards(mesh), row["seconds"], 256)
+    import importlib.metadata
+
+    found = dryrun.report(method, teacher, teacher if row["step"] == "distill" else None, cfg, batch, mesh,
+                          row["seconds"], row["topology"].split(":")[0])
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    return {**row, **found, "mesh": row["mesh"], "jaxslim": __version__, **versions}
+
+
+def same(a: dict, b: dict) -> bool:
+    return all(a.get(k) == v for k, v in b.items())
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown of the recorded rows."""
+    head = ("model", "step", "pod", "mesh", "rows x 30 s a chip", "GiB of a chip", "collectives MB (by arithmetic)",
+            "FLOPs run / model", "predicted ms", "compile s")
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for r in rows:
+        cells = [r["model"], r["step"], r["topology"], r["mesh"], r["rows_per_device"]]
+        if "error" in r:
+            cells += [f"does not fit in {r['available_bytes'] / 2**30:.0f}", "", "", "", ""]
+        else:
+            cells += [f"{r['total_bytes'] / 2**30:.1f} of {r['available_bytes'] / 2**30:.0f}",
+                      f"{r['collective_bytes'] / 1e6:,.0f} ({r['expected_bytes'] / 1e6:,.0f})", r["flops_ratio"],
+                      f"{1000 * r['predicted_seconds']:,.0f}", f"{r['compile_seconds']:.0f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="regular expression on 'model step topology mesh'")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--row", help=argparse.SUPPRESS)  # one row as JSON, in a process of its own
+    args = parser.parse_args()
+    if args.row:
+        print(json.dumps(compile_row(json.loads(args.row))))
+        return
+    recorded = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    if args.table:
+        print(table(recorded))
+        return
+    for row in matrix():
+        name = " ".join(row[k] for k in ("model", "step", "topology", "mesh"))
+        if not re.search(args.only, name) or any(same(r, row) for r in recorded):
+            continue
+        print(name, flush=True)
+        done = subprocess.run([sys.executable, __file__, "--row", json.dumps(row)], capture_output=True, text=True,
+                              env={**os.environ, "PYTHONPATH": str(ROOT), "TPU_SKIP_MDS_QUERY": "1"})
+        if done.returncode:
+            print(f"  failed: {done.stderr[-1500:]}", flush=True)
+            continue
+        found = json.loads(done.stdout.splitlines()[-1])
+        found["command"] = f"python scripts/tpu_compile.py --only '{name}'"
+        recorded = [r for r in recorded if not same(r, {k: row[k] for k in ("model", "step", "topology", "mesh")})]
+        recorded.append(found)
+        RESULTS.write_text(json.dumps(recorded, indent=1) + "\n")
+        print("  " + json.dumps({k: found.get(k) for k in ("total_bytes", "collectives", "flops_ratio", "error",
+                                                           "predicted_seconds", "compile_seconds")}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

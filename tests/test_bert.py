@@ -160,11 +160,7 @@ def test_gradients_equal_pytorch(family, tmp_path):
         ours.params)
     logits = model(**{k: torch.from_numpy(v).long() for k, v in inputs.items()}).logits
     (torch.log_softmax(logits, -1)[:, 1] ** 2).mean().backward()
-    want = {name: p.grad.numpy().copy() for name, p in model.named_parameters()}
-    pad = model.config.pad_token_id
-    for name in want:  # torch leaves the padding's own embedding out (padding_idx)
-        if name.endswith(("word_embeddings.weight", *(["position_embeddings.weight"] if family == "roberta" else []))):
-            want[name][pad] = np.asarray(grads[name])[pad]
+    want = {name: p.grad.numpy() for name, p in model.named_parameters()}
     largest = max(np.abs(g).max() for g in want.values())
     assert set(grads) == set(want)
     for name, g in want.items():
@@ -172,7 +168,7 @@ def test_gradients_equal_pytorch(family, tmp_path):
         tiny.close(np.asarray(grads[name]) / scale, g / scale, 1e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["bert", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES[1:])])
 def test_names_taps_and_changed_blocks(family):
     ours = tiny.slim(config(family), "classification")
     module = bind.bind(ours.spec, ours.params)
@@ -208,8 +204,7 @@ def test_cost_and_sharding(family, head):
         assert cost.params(s) == sum(table.values()) == sum(x.size for x in bind.shapes(s).values())
         assert "other" not in table and all(table[b] > 0 for b in roles.blocks(s))
         assert sum(row["macs"] for row in cost.per_layer_rows(s)) == cost.macs(s).total
-    with pytest.raises(ValueError, match="more than this model has positions for"):
-        cost.macs(spec, 60)
+    assert cost.macs(spec, 60) == cost.macs(spec, 600)  # longer texts than there are positions for are cut
     for name, leaf in bind.shapes(spec).items():
         if leaf.ndim > 1 and leaf.shape[0] > 3 and "position" not in name:
             assert any(re.search(pattern, name) for pattern, _ in RULES), name

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jaxslim.data
-from jaxslim.data import AudioError, Batches, CTCTask, DataError, Rows, audio, load_rows, suggest_buckets
+from jaxslim.data import AudioError, Batches, CTCTask, DataError, Extractor, Rows, audio, load_rows, suggest_buckets
 from jaxslim.data.loader import Prefetch
 
 sf = pytest.importorskip("soundfile")
@@ -298,7 +298,7 @@ def test_characters_as_in_transformers(tmp_path, vocabulary, options):
 @pytest.mark.parametrize("features", ["preprocessor_config.json", "processor_config.json"])
 def test_features_are_read_from_either_file(tmp_path, features):
     task = CTCTask.from_pretrained(save_task(tmp_path / "m", features=features))
-    assert (task.sampling_rate, task.do_normalize, task.return_attention_mask) == (8000, False, False)
+    assert task.extractor == Extractor("values", 8000, False, False)
     wave = np.ones(5, np.float32)
     np.testing.assert_array_equal(task.inputs(wave), wave)
 
@@ -308,7 +308,7 @@ def test_bundled_teacher_reads_the_prompts():
     if not folder.exists():
         pytest.skip("not in a checkout")
     task = CTCTask.from_pretrained(folder)
-    assert dict(task.vocabulary) == VOCABULARY and task.do_normalize and task.return_attention_mask
+    assert dict(task.vocabulary) == VOCABULARY and task.extractor == Extractor()
     for part in ("train", "validation", "test"):
         for text in load_rows(PROMPTS + part).column("text"):
             assert task.decode(task.encode(text), collapse=False) == text
@@ -361,7 +361,7 @@ def test_shapes_padding_and_fillers():
         size, samples, width = next(s for s in batches.shapes if s[1] == batch["input_values"].shape[1])
         assert {k: (v.shape, v.dtype.name) for k, v in batch.items()} == {
             "input_values": ((size, samples), "float32"), "attention_mask": ((size, samples), "int32"),
-            "labels": ((size, width), "int32"), "row": ((size,), "int32"),
+            "labels": ((size, width), "int32"), "row": ((size,), "int32"), "samples": ((size,), "int32"),
         }  # fmt: skip
         for b, i in enumerate(batch["row"]):
             wave = TASK.inputs(rows.audio(i)) if i >= 0 else np.zeros(0)

@@ -8,15 +8,15 @@ import sys
 import numpy as np
 import pytest
 
-from jaxslim import hub
-from jaxslim.data import CTCTask, DataError, Rows, load_rows
+from jaxslim import hub, versus
+from jaxslim.data import CTCTask, DataError, Extractor, Rows, load_rows
 from jaxslim.data.audio import load
-from jaxslim.evaluate import bootstrap, evaluate, frame_agreement, paired_bootstrap, render, score, transcribe
+from jaxslim.evaluate import bootstrap, evaluate, frame_agreement, paired_bootstrap, render, score
 from jaxslim.models import bind
-from jaxslim.score import compare
 from jaxslim.slim import Slim
 from jaxslim.spec import Spec
 from jaxslim.train.log import wav_bytes
+from jaxslim.transcription import transcribe
 
 LETTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefghij"]
 CONFIG = dict(
@@ -35,7 +35,7 @@ def model_of(seed=0, norm="layer") -> Slim:
 
 
 def task_of(mask=True) -> CTCTask:
-    return CTCTask({t: i for i, t in enumerate(LETTERS)}, return_attention_mask=mask)
+    return CTCTask({t: i for i, t in enumerate(LETTERS)}, extractor=Extractor(return_attention_mask=mask))
 
 
 def sound(seconds, seed=0, rate=16000) -> np.ndarray:
@@ -81,7 +81,7 @@ def test_normalisation_is_named_and_minimal():
     result = score(["Don’t  stop, 'NOW'!"], ["don't stop now"], normalize="letters")
     assert (result["wer"], result["normalize"]) == (0.0, "letters")
     with pytest.raises(ValueError, match="none, letters"):
-        score(["a"], ["a"], normalize="whisper")
+        score(["a"], ["a"], normalize="wisper")
     with pytest.raises(ValueError, match="1 references but 2"):
         score(["a"], ["a", "b"])
 
@@ -236,7 +236,7 @@ def test_compare_pairs_predictions_files_by_id():
     texts = ["a b c d", "e f", "g h i"]
     a = [{"id": i, "text": t, "pred_text": "a x c d" if i == 0 else t} for i, t in enumerate(texts)]
     b = [{"id": i, "text": t, "pred_text": t, "words": len(t.split()), "errors": 0} for i, t in enumerate(texts)]
-    found = compare(a, [*reversed(b), {"id": 9, "text": "z", "pred_text": ""}])  # a has no counts: scored here
+    found = versus.paired(a, [*reversed(b), {"id": 9, "text": "z", "pred_text": ""}])  # a has no counts: scored here
     assert found["n"] == 3 and found["delta"] == pytest.approx(1 / 9)
     assert found["low"] == 0 < found["upper"] <= found["high"]
-    assert compare(a, []) is None
+    assert versus.paired(a, []) is None

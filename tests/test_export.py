@@ -157,17 +157,14 @@ def test_only_what_the_spec_needs_is_written():
     assert "HubertAttention" in all_["modeling_jaxslim.py"] and '"jaxslim-hubert"' in all_["configuration_jaxslim.py"]
 
 
-def test_what_has_no_code_is_named(monkeypatch):
+def test_what_has_no_code_is_named():
     from jaxslim import spec as spec_module
 
     assert torch_code.WRITTEN["attention"] <= spec_module.FIELDS["attention"]  # or extend the template
     spec = stock("wav2vec2 base").with_block("encoder.0.ffn", units=3)
-    monkeypatch.setitem(spec_module.FIELDS, "ffn", {"units", "adapter"})
-    later = spec.with_block("encoder.0.ffn", adapter={"width": 4})
-    assert "encoder.0.ffn of wav2vec2 has adapter, for which no PyTorch" in torch_code.unsupported(later)
+    later = spec.with_block("encoder.0.ffn", int8=["up"])
+    assert "encoder.0.ffn of wav2vec2 has int8, for which no PyTorch" in torch_code.unsupported(later)
     assert torch_code.files(later, "Wav2Vec2ForCTC") == {} and torch_code.unsupported(spec) is None
-    window = spec.with_block("encoder.0.attention", mixer="hedgehog", options={"window": 8})
-    assert "encoder.0.attention of wav2vec2 has mixer, options" in torch_code.unsupported(window)
 
 
 def test_nothing_opens_a_changed_model_as_a_stock_one(tmp_path):
@@ -215,19 +212,109 @@ def test_other_families(family, head, changes, tmp_path):
     assert export(tiny.slim(linear), tmp_path / "linear")["relative_difference"] < 1e-5
 
 
-def test_families_with_positions_in_the_attention(tmp_path):
-    spec = Spec(tiny.config("wav2vec2-conformer"), "wav2vec2-conformer", "ctc")
-    narrow = spec.with_block("encoder.0.ffn1", units=0).with_block("encoder.1.ffn2", units=9, up_rank=4)
-    narrow = narrow.with_block("frontend.1", channels=6).with_block("encoder.1.attention", q_rank=3, lora={"o": LORA})
-    assert export(tiny.slim(narrow), tmp_path / "narrow")["relative_difference"] < 1e-5
-    cut = tiny.slim(spec.with_block("encoder.0.attention", heads=[1, 2]))
-    with pytest.raises(ExportError, match="encoder.0.attention of wav2vec2-conformer has heads, for which no PyTorch"):
-        export(cut, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    hub.save(cut, tmp_path / "m")  # saved it can be, and nothing but jaxslim opens it
-    assert hub.load(tmp_path / "m").spec.blocks == cut.spec.blocks
-    with pytest.raises(ValueError, match="jaxslim-wav2vec2-conformer"):
-        transformers.AutoModelForCTC.from_pretrained(tmp_path / "m")
+CONFORMER = dict(position_embeddings_type="relative", conv_depthwise_kernel_size=5, hidden_act="swish")
+W2V_BERT = dict(CONFORMER, feature_projection_input_dim=20, position_embeddings_type="relative_key",
+                left_max_position_embeddings=6, right_max_position_embeddings=3)
+
+
+@pytest.mark.parametrize("family, changes", [
+    ("wav2vec2-bert", W2V_BERT), ("parakeet_ctc", {}),
+    pytest.param("wav2vec2-conformer", CONFORMER, marks=pytest.mark.slow),
+    pytest.param("wav2vec2-conformer", dict(CONFORMER, position_embeddings_type="rotary"), marks=pytest.mark.slow),
+    pytest.param("wav2vec2-conformer", dict(CONFORMER, position_embeddings_type=None), marks=pytest.mark.slow),
+    pytest.param("wav2vec2-bert", dict(W2V_BERT, position_embeddings_type="relative"), marks=pytest.mark.slow),
+    pytest.param("parakeet_ctc", dict(attention_bias=False, convolution_bias=False), marks=pytest.mark.slow),
+    pytest.param("parakeet_encoder", {}, marks=pytest.mark.slow)])
+def test_conformers(family, changes, tmp_path):
+    """Attention that knows positions, fewer channels in the convolution modules, factors, LoRA, a linear mixer."""
+    head = "none" if family == "parakeet_encoder" else "ctc"
+    spec = Spec(tiny.config(family, **changes), family, head)
+    spec = spec.with_block("encoder.0.ffn1", units=9, up_rank=3).with_block("encoder.1.ffn2", units=0)
+    spec = spec.with_block("encoder.0.attention", heads=[3, 1], qk_dim=5, v_dim=6, scale=0.3, q_rank=3,
+                           lora={"o": LORA, "v": LORA})
+    if changes.get("position_embeddings_type") != "relative_key":  # layer norm over the channels: no stock form
+        spec = spec.with_block("encoder.1.conv", channels=7)
+    spec = spec.with_block("encoder.1.attention", k_rank=4, heads=[0, 1, 2])
+    pruned = tiny.slim(spec)
+    if family != "wav2vec2-bert" or "encoder.1.conv" not in spec.blocks:
+        assert export(pruned, tmp_path / "dense", format="hf-dense")["relative_difference"] < 1e-5
+    record = export(pruned, tmp_path / "m")
+    assert record["checked"] and record["trust_remote_code"] and record["relative_difference"] < 1e-5
+    with pytest.raises(KeyError, match="trust_remote_code=True"):
+        getattr(transformers, record["class"]).from_pretrained(tmp_path / "m")
+    linear = spec.with_block("encoder.1.attention", mixer="hedgehog", options={"features": 4}, heads=[0, 2])
+    linear = linear.with_block("encoder.1.conv", channels=6)
+    linear = linear.replace(blocks={**linear.blocks, "encoder.0.attention": {"heads": []}})
+    assert export(tiny.slim(linear), tmp_path / "linear")["relative_difference"] < 1e-5
+    again = hub.load(tmp_path / "linear")
+    assert again.spec.blocks == linear.blocks and dict(again.spec.config) == dict(hub.load(tmp_path / "m").spec.config)
+    if family == "wav2vec2-bert":
+        with pytest.raises(ExportError, match="encoder.1.conv: layer norm over the channels"):
+            export(tiny.slim(spec.with_block("encoder.1.conv", channels=7)), tmp_path / "no", format="hf-dense")
+
+
+@pytest.mark.slow
+def test_whisper_decoders(tmp_path):
+    """Fewer heads on both sides of the decoder, one self-attention and one cross-attention with none: the same logits,
+    and the same tokens from `generate`, which keeps keys and values in a cache."""
+    import test_generate
+    import tiny_whisper as tw
+
+    spec = Spec(tw.config(frames=20, decoder_layers=3), "whisper", "seq2seq")
+    spec = spec.with_block("decoder.0.attention", heads=[]).with_block("decoder.1.attention", heads=[2, 0], qk_dim=5)
+    spec = spec.with_block("decoder.1.cross", heads=[1], v_dim=6, scale=0.4, lora={"k": LORA}).with_block(
+        "decoder.2.cross", heads=[]).with_block("decoder.2.ffn", units=7).with_block("encoder.0.attention", heads=[3])
+    spec = spec.with_block("frontend.0", channels=20)
+    model = tiny.slim(spec)
+    assert export(model, tmp_path / "dense", format="hf-dense")["relative_difference"] < 1e-5
+    assert export(model, tmp_path / "m")["relative_difference"] < 1e-5
+    for attention in ("eager", "sdpa"):
+        theirs = transformers.AutoModelForSpeechSeq2Seq.from_pretrained(
+            tmp_path / "m", trust_remote_code=True, attn_implementation=attention).eval()
+        for beams in (1, 3)[: 1 + (attention == "eager")]:
+            have = test_generate.same(theirs, model, tw.features(2, frames=20), language="en", num_beams=beams)
+        assert have.sequences.shape[1] > 3
+
+
+@pytest.mark.parametrize("family, head, names", [
+    ("wav2vec2", "ctc", ["window", "mamba2", "causal window", "gated_deltanet", "hydra"]),
+    ("bert", "classification", ["linformer", "mamba2 groups"]), ("hubert", "none", ["mamba", "t2r"]),
+    pytest.param("whisper", "seq2seq", ["elu", "gated_deltanet causal"], marks=pytest.mark.slow),
+    pytest.param("wavlm", "ctc", ["mamba2 causal", "mamba causal", "hydra"], marks=pytest.mark.slow),
+    pytest.param("distilbert", "none", ["causal", "hydra", "linformer kv"], marks=pytest.mark.slow)])
+def test_every_mixer_in_torch(family, head, names, tmp_path):
+    from test_mixers import CASES
+
+    changes = {"bert": TEXT, "distilbert": DISTIL, "whisper": WHISPER}.get(family, STABLE)
+    depth = {"distilbert": "n_layers", "whisper": "encoder_layers"}.get(family, "num_hidden_layers")
+    config = transformers.CONFIG_MAPPING[family](**{**changes, depth: len(names)}).to_dict() if family in (
+        "bert", "distilbert", "whisper") else tiny.config(family, **{**changes, depth: len(names)})
+    spec = Spec(config, family, head)
+    for i, name in enumerate(names):
+        mixer, options = CASES[name]
+        spec = spec.with_block(f"encoder.{i}.attention", mixer=mixer, options=options)
+    model = tiny.slim(spec)
+    record = export(model, tmp_path / "m")
+    assert record["checked"] and record["trust_remote_code"] and record["relative_difference"] < 2e-5
+    text = (tmp_path / "m" / "modeling_jaxslim.py").read_text()
+    assert "# part:" not in text and max(map(len, text.splitlines())) <= 120
+    assert ("def linear_attention" in text) == any(CASES[n][0] in ("elu", "t2r", "hedgehog") for n in names)
+    if head == "ctc":
+        theirs = transformers.AutoModelForCTC.from_pretrained(tmp_path / "m", trust_remote_code=True).eval()
+        agree(model, theirs)
+        assert set(theirs.state_dict()) == set(model.params)
+
+
+def test_one_linformer_matrix_for_all_layers_in_torch(tmp_path):
+    spec = stock("wav2vec2 base")
+    for i in (0, 1):
+        spec = spec.with_block(f"encoder.{i}.attention", mixer="linformer",
+                               options={"length": 500, "features": 4, "sharing": "layer"})
+    model = tiny.slim(spec)
+    assert export(model, tmp_path / "m")["relative_difference"] < 1e-5
+    theirs = transformers.AutoModelForCTC.from_pretrained(tmp_path / "m", trust_remote_code=True)
+    tiny.save(theirs, tmp_path / "again")
+    assert set(theirs.state_dict()) == set(model.params) == set(hub.load(tmp_path / "again").params)
 
 
 CHILD = """
@@ -242,6 +329,45 @@ with torch.no_grad():
 recognizer = transformers.pipeline("automatic-speech-recognition", model=folder, trust_remote_code=True)
 np.savez(out, logits=logits.numpy(), text=recognizer({"raw": wave, "sampling_rate": 16000})["text"])
 """
+
+
+OPEN = """
+import sys
+sys.modules["jaxslim"] = None  # not installed
+import numpy as np, torch, transformers
+for folder, name in zip(sys.argv[1::2], sys.argv[2::2]):
+    model = getattr(transformers, name).from_pretrained(folder, trust_remote_code=True).eval()
+    inputs = {k: torch.from_numpy(v) for k, v in np.load(folder + "/inputs.npz").items()}
+    with torch.no_grad():
+        np.save(folder + "/logits.npy", model(**inputs).logits.numpy())
+"""
+
+
+@pytest.mark.slow
+def test_folders_of_other_families_open_without_jaxslim(tmp_path):
+    import tiny_tasks
+
+    from jaxslim.export import example
+
+    models, words = {}, []
+    for family, name in (("wav2vec2-bert", "AutoModelForCTC"), ("parakeet_ctc", "AutoModelForCTC"),
+                         ("whisper", "AutoModelForSpeechSeq2Seq"), ("bert", "AutoModelForSequenceClassification")):
+        spec = tiny_tasks.SPECS[family].with_block("encoder.0.attention", heads=[2, 1], qk_dim=5)
+        models[family] = tiny.slim(spec)
+        export(models[family], tmp_path / family)
+        x = {k: v.astype(np.int64) if v.dtype == np.int32 else v for k, v in example(spec).items()}
+        np.savez(tmp_path / family / "inputs.npz", **x)
+        words += [family, name]
+    done = subprocess.run([sys.executable, "-c", OPEN, *words], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": "", "HF_MODULES_CACHE": str(tmp_path / "cache")})
+    assert done.returncode == 0, done.stderr[-2000:]
+    for family, model in models.items():
+        out = model(**example(model.spec))
+        have, want = np.asarray(out.logits), np.load(tmp_path / family / "logits.npy")
+        if family == "parakeet_ctc":  # padded queries attend to all frames there, to valid ones here
+            valid = np.arange(have.shape[1]) < np.asarray(out.lengths)[:, None]
+            have, want = have[valid], want[valid]
+        tiny.close(have, want)
 
 
 def test_converted_teacher_in_a_pipeline_without_jaxslim(tmp_path):

@@ -55,7 +55,7 @@ def same(model, ours, features, mask=None, **given):
     return have
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [*range(5), *(pytest.param(n, marks=pytest.mark.slow) for n in range(5, 20))])
 def test_random_weights(seed):
     model, ours = models(seed=seed, scale=2.0)
     x = tw.features(2, frames=50, seed=seed)
@@ -66,7 +66,7 @@ def test_random_weights(seed):
         assert have.sequences.shape[1] > 3
 
 
-@pytest.mark.parametrize("start", range(0, 20, 4))
+@pytest.mark.parametrize("start", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(4, 20, 4))])
 def test_real_audio(start):
     """Four clips a run, each side with its own log-mel features."""
     from transformers import WhisperFeatureExtractor
@@ -103,13 +103,15 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("name", [n if n in ("plain", "no speech", "prompt everywhere") else
+                                  pytest.param(n, marks=pytest.mark.slow) for n in LONG])
 def test_long_form(name):
     model, ours = models(seed=1, scale=2.0)  # windows of 100 frames, audio of 250
     have = same(model, ours, tw.features(1, frames=125, seed=3), **LONG[name])
     assert len(have.segments[0]) == 0 if name == "no speech" else len(have.segments[0]) > 2
 
 
+@pytest.mark.slow
 def test_long_form_of_several_clips():
     model, ours = models(seed=1, scale=2.0)
     x, ends = tw.features(3, frames=125, seed=4), np.array([250, 130, 90])
@@ -126,6 +128,7 @@ def test_long_form_of_several_clips():
             np.testing.assert_array_equal(said, alone.sequences[0])
 
 
+@pytest.mark.slow
 def test_long_real_audio():
     rows = load_rows("bundled:prompts-en/test")
     wave, i = np.zeros(0, np.float32), 0

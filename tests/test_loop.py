@@ -37,7 +37,7 @@ class Feed:
     def __init__(self, small, action=None, at=None):
         task = CTCTask.from_pretrained(hub.folder(small["model"]))
         self.inner = Batches(load_rows(small["train"]), task, batch_size=4, buckets=(0.12,), seed=3)
-        self.rows, self.action, self.at, self.given = self.inner.rows, action, at, 0
+        self.task, self.rows, self.action, self.at, self.given = task, self.inner.rows, action, at, 0
         self.get_state = self.inner.get_state
         self.close = self.inner.close
 
@@ -88,6 +88,7 @@ def test_what_a_run_leaves(whole):
     assert MODEL(input_values=np.zeros((1, 2000), np.float32)).logits is not None  # its arrays were not given away
 
 
+@pytest.mark.slow
 def test_a_relative_folder(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run("here", small, cfg=dataclasses.replace(CFG, max_steps=2))

@@ -2,17 +2,17 @@
 
 The runs happen in a subprocess with eight virtual CPU devices; `python tests/test_mesh.py` is that subprocess.
 """
+import dataclasses
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
+import eight_devices
 import numpy as np
 import pytest
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "sharding.json"
 MESHES = ("data=1", "data=8", "fsdp=8", "data=2,fsdp=2,tensor=2")
+FEWER = (MESHES[0], MESHES[3])  # for the slowest to compile
 
 
 def run() -> dict:
@@ -22,7 +22,9 @@ def run() -> dict:
     from test_step import batch
 
     from jaxslim.config import Group, Train
+    from jaxslim.methods import linearize
     from jaxslim.methods.finetune import Finetune
+    from jaxslim.methods.generate import Generate
     from jaxslim.methods.linearize import Linearize
     from jaxslim.train import mesh as M
     from jaxslim.train import step as S
@@ -30,17 +32,24 @@ def run() -> dict:
     model = tiny.slim(feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True, mask_time_prob=0.0,
                       num_hidden_layers=1, num_conv_pos_embeddings=8, conv_dim=[16, 16], conv_kernel=[10, 8],
                       conv_stride=[5, 8], num_feat_extract_layers=2)
-    cfg = Train(groups={"main": Group(learning_rate=3e-3, weight_decay=0.01)}, max_steps=3)
+    group = Group(learning_rate=3e-3, weight_decay=0.01)
+    cfg = Train(groups={"main": group, "teacher": dataclasses.replace(group, every=2)}, max_steps=3)
+    linearize._load = lambda name: model
+    trajectory = Linearize(mixer="mamba2", options={"chunk": 16}, guidance="trajectory", source="pretrained")
+    rollout = Generate(student="full", target_layers=(0, 1), forcing="free", skip=False, distance="mse")
     batches = [batch(*lengths, seed=i) for i, lengths in enumerate(
         [(2000, 700, 1900, 450, 1500, 600, 800, 1200), (2000, 2000, 500, 500, 900, 900, 900, 900)])]
     result = {}
-    for name, method in (("ctc", Finetune()), ("cald", Linearize(features=6))):
+    for name, method in (("ctc", Finetune()), ("cald", Linearize(features=6)), ("trajectory", trajectory),
+                         ("generate", rollout)):
         student = method.start(model, None, None)
-        for text in MESHES:
+        for text in FEWER if name in ("trajectory", "generate") else MESHES:
             mesh = M.make(text, jax.devices()[: 1 if text == "data=1" else 8])
-            state, frozen, tx = S.init(method, student, cfg, mesh)
-            step = S.make(method, student.spec, tx, cfg, state, mesh)
-            teacher = model.replace(params=M.place(model.params, mesh)) if name == "cald" else None
+            fit = S.for_control(method, student.params, cfg)  # only the trajectory has a teacher to train
+            state, frozen, tx = S.init(method, student, fit, mesh)
+            step = S.make(method, student.spec, tx, fit, state, mesh)
+            teacher = None if name == "ctc" else method.teacher_at(model, 0)
+            teacher = teacher and teacher.replace(params=M.place(teacher.params, mesh))
             losses = []
             for i in range(3):
                 state, metrics = step(state, frozen, teacher, M.batch(batches[i % 2], mesh))
@@ -60,17 +69,12 @@ def run() -> dict:
 
 @pytest.fixture(scope="module")
 def runs():
-    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu",
-           "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0",  # fast
-           "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return eight_devices.run(__file__)
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("text", MESHES[1:])
-@pytest.mark.parametrize("method", ["ctc", "cald"])
+@pytest.mark.parametrize("method, text", [*((m, t) for m in ("ctc", "cald") for t in MESHES[1:]),
+                                          ("trajectory", FEWER[1]), ("generate", FEWER[1])])
 def test_every_mesh_trains_alike(runs, method, text):
     one, many = runs[f"{method} data=1"], runs[f"{method} {text}"]
     for a, b in zip(one["losses"], many["losses"], strict=True):

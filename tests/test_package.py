@@ -33,7 +33,7 @@ def test_constraints_pin_every_dependency(python):
 
 
 def test_extras_and_bounds():
-    assert set(EXTRAS) == {"audio", "test", "dev", "export", "tpu", "cuda12", "cuda13"}
+    assert set(EXTRAS) == {"audio", "test", "vad", "dev", "export", "tpu", "cuda12", "cuda13"}
     for text in [*PROJECT["dependencies"], *(t for extra in EXTRAS.values() for t in extra)]:
         req = Requirement(text)
         operators = {s.operator for s in req.specifier}

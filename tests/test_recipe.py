@@ -5,6 +5,7 @@ import pathlib
 import signal
 
 import pytest
+import yaml
 
 from jaxslim import hub, recipe
 from jaxslim.config import ConfigError
@@ -71,12 +72,23 @@ def test_what_a_run_leaves(done):
     assert student["fingerprint"] == hub.load(str(folder / "final")).fingerprint == prints(folder)["02-joint"]
     assert student["params"] == teacher["params"] + 2 * 4 * 8 * 8 and teacher["trained_params"] == 0
     assert summary["control"]["path"] == "control-joint"
-    assert set(summary["student_minus_control"]) == {"wer", "low", "high", "level"}
+    assert set(summary["student_minus_control"]) == {"n", "delta", "low", "high", "upper"}
     assert hub.load(str(folder / "control-joint")).spec.blocks == {}
     for name, steps in (("01-align", 2), ("02-joint", 3), ("control-joint", 3)):
         assert [r["step"] for r in L.read(str(folder / name))] == list(range(1, steps + 1))
         assert list((folder / name / "tensorboard").iterdir())
     assert (folder / "final" / "vocab.json").exists()
+
+
+def test_model_card(done):
+    summary, folder = done
+    text = (folder / "final" / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["pipeline_tag"] == "automatic-speech-recognition" and front["library_name"] == "jaxslim"
+    assert summary["student"]["fingerprint"] in text and f"{100 * summary['student']['wer']:.1f}" in text
+    recipe = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
+    assert [s["name"] for s in recipe["stages"]] == ["align", "joint"]
+    assert "| | teacher | control | student |" in text and "names no licence" in text
 
 
 def test_stage_json(done):

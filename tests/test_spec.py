@@ -116,3 +116,18 @@ def test_blocks_and_roles_name_parameters_that_exist():
                 if (block, role) in {("frontend.1", "norm"), ("frontend.2", "norm")} or role == "bottleneck":
                     continue  # group norm: the first convolution only; bottlenecks: models that have them
                 assert any(n.startswith(name + ".") for n in names), (block, role, name)
+
+
+def test_defaults_are_those_of_transformers():
+    """After another transformers release changes one: write jaxslim/assets/defaults.json anew from CONFIG_MAPPING."""
+    import json
+
+    from transformers import CONFIG_MAPPING
+
+    from jaxslim import spec
+    from jaxslim.models.bind import FAMILIES
+
+    for family in FAMILIES:
+        theirs = json.loads(json.dumps(CONFIG_MAPPING[family]().to_dict()))
+        theirs.pop("transformers_version", None)
+        assert spec._defaults(family) == theirs, family

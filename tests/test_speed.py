@@ -1,4 +1,5 @@
 """Bench rows, names, random weights, and the table script. Times themselves are not tested: machines differ."""
+import dataclasses
 import json
 import os
 import subprocess
@@ -7,9 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_tasks
 
 from jaxslim import cost, speed, speed_worker
+from jaxslim.formulas import inputs
+from jaxslim.shapes import SHAPES
 from jaxslim.spec import Spec
+from jaxslim.train.log import wav_bytes
 
 ROOT = Path(__file__).parents[1]
 TINY = Spec(dict(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, intermediate_size=24, vocab_size=7,
@@ -41,9 +46,34 @@ def test_names(tmp_path):
             speed.resolve(name)
 
 
+MILLIONS = {"wav2vec2-base": 94.4, "wav2vec2-large-lv60": 315.5, "hubert-xlarge": 962.5, "w2v-bert-2.0": 580.5,
+            "parakeet-ctc-0.6b": 608.8, "whisper-tiny": 37.8, "whisper-large-v3-turbo": 808.9, "bert-base": 109.5}
+
+
 def test_stock_shapes():
-    for name, (family, config) in speed_worker.CONFIGS.items():
-        assert cost.params(Spec(config, family, "ctc")) / 1e6 == pytest.approx(315.5 if "large" in name else 94.4, 0.01)
+    for name, size in MILLIONS.items():  # as their model cards say
+        family, head, config = SHAPES[name]
+        assert cost.params(Spec(config, family, head)) / 1e6 == pytest.approx(size, 0.002), name
+
+
+@pytest.mark.parametrize("family", ["whisper", "wav2vec2-bert", "parakeet_ctc", "bert"])
+def test_inputs_of_every_kind(family, tmp_path):
+    """What a worker feeds is what the family takes, from noise and from a file, and PyTorch takes it too."""
+    pytest.importorskip("torch")
+    spec = tiny_tasks.SPECS[family]
+    (tmp_path / "a.wav").write_bytes(wav_bytes(0.1 * np.sin(np.arange(9000) / 9)))
+    for seconds, wav in ((0.5, None), (2.6, str(tmp_path / "a.wav"))):
+        job = dict(seconds=seconds, batch=2, seed=0, wav=wav)
+        batch = speed_worker.batch_of(spec, job)
+        assert {k: v.shape for k, v in batch.items()} == {k: x.shape for k, x in inputs(spec, seconds, 2).items()}
+        out = speed.random_model(spec)(**batch)
+        assert np.isfinite(np.asarray(out.logits)).all()
+    job |= dict(name=speed_worker.JSON + json.dumps({**dataclasses.asdict(spec), "config": dict(spec.config)}),
+                engine="torch eager", threads=1, dtype=None)
+    facts, call, _ = speed_worker.setup_torch(job)
+    call()
+    statistics = 2 * 32 if "parakeet" in family else 0  # of batch norm: floats in the file, buffers in torch
+    assert facts["params"] == cost.params(spec) - statistics and facts["weights"] == "random"
 
 
 def test_rows_beside_torch():
@@ -64,6 +94,7 @@ def test_rows_beside_torch():
     json.dumps(rows)
 
 
+@pytest.mark.slow
 def test_two_models_and_a_slim():
     rows = speed.bench(speed.random_model(TINY_LINEAR), seconds=[0.5], baseline=TINY, repeats=2, dtype="bfloat16")
     assert [r["weights"] for r in rows] == ["loaded", "random"] and "ratio" in rows[0] and "ratio" not in rows[1]

@@ -10,6 +10,7 @@ import tiny
 
 from jaxslim.config import Group, Train
 from jaxslim.methods.finetune import Finetune
+from jaxslim.methods.generate import Generate
 from jaxslim.methods.linearize import Linearize
 from jaxslim.slim import Method, Term
 from jaxslim.train import losses
@@ -32,6 +33,7 @@ def batch(*samples, seed=0, labels=(3, 4, 5)):
     return {"input_values": values, "attention_mask": mask, "labels": texts}
 
 
+GENERATE = Generate(target_layers=(0, 1), skip=False, distance="l1_cosine", gram_weight=0.1)
 RAGGED = batch(2000, 700, 1900, 450, 1500, 600, 800, 1200)
 
 
@@ -48,7 +50,8 @@ def same(have, want, tolerance):
 
 
 @pytest.mark.parametrize("method, taught", [(Finetune(), False), (Linearize(logit_weight=0.5), True),
-                                            (Linearize(objective="align"), True)], ids=["ctc", "cald", "align"])
+                                            (Linearize(objective="align"), True), (GENERATE, True)],
+                         ids=["ctc", "cald", "align", "generate"])
 def test_microbatches_equal_one_batch(method, taught):
     student = method.start(MODEL, None, None)
     results = []
@@ -239,7 +242,7 @@ def test_a_batch_in_which_nothing_fits_changes_nothing_but_the_count():
     assert float(metrics["loss/unfit"]) == 0.5 and float(metrics["loss"]) > 0
 
 
-@pytest.mark.parametrize("distance", ["mse", "ln_mse", "cosine"])
+@pytest.mark.parametrize("distance", losses.DISTANCES)
 def test_hidden_distances(distance):
     rng = np.random.default_rng(0)
     s, t = rng.standard_normal((2, 2, 5, 8)).astype(np.float32)
@@ -250,16 +253,46 @@ def test_hidden_distances(distance):
         x = x - x.mean(-1, keepdims=True)
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
 
-    want = {"mse": ((s - t) ** 2).mean(-1), "ln_mse": ((norm(s) - norm(t)) ** 2).mean(-1),
-            "cosine": 1 - (s * t).sum(-1) / np.linalg.norm(s, axis=-1) / np.linalg.norm(t, axis=-1)}[distance]
-    assert float(term.sum) == pytest.approx(want[mask].sum(), rel=1e-5) and float(term.count) == 7
-    assert float(losses.hidden(jnp.asarray(s), jnp.asarray(s), mask, distance).sum) == pytest.approx(0, abs=1e-5)
+    cosine = (s * t).sum(-1) / np.linalg.norm(s, axis=-1) / np.linalg.norm(t, axis=-1)
+    want = {"mse": ((s - t) ** 2).mean(-1), "ln_mse": ((norm(s) - norm(t)) ** 2).mean(-1), "cosine": 1 - cosine,
+            "l1": np.abs(s - t).mean(-1), "log_sigmoid": np.log1p(np.exp(-cosine))}
+    want |= {f"l1_{name}": want["l1"] + want[name] for name in ("cosine", "log_sigmoid")}
+    assert float(term.sum) == pytest.approx(want[distance][mask].sum(), rel=1e-5) and float(term.count) == 7
+    least = np.log1p(np.exp(-1.0)) * 7 if distance.endswith("log_sigmoid") else 0.0
+    same = losses.hidden(jnp.asarray(s), jnp.asarray(s), mask, distance)
+    assert float(same.sum) == pytest.approx(least, abs=1e-5)
     assert not np.any(jax.grad(lambda t: losses.hidden(jnp.asarray(s), t, mask, distance).sum)(jnp.asarray(t)))
 
 
 def test_an_unknown_distance():
-    with pytest.raises(ValueError, match="use mse, ln_mse or cosine"):
-        losses.hidden(jnp.ones((1, 1, 2)), jnp.ones((1, 1, 2)), np.ones((1, 1), bool), "l1")
+    with pytest.raises(ValueError, match="'l2': use mse, ln_mse, .* or l1_log_sigmoid"):
+        losses.hidden(jnp.ones((1, 1, 2)), jnp.ones((1, 1, 2)), np.ones((1, 1), bool), "l2")
+
+
+@pytest.mark.parametrize("name", ["gram", "cka"])
+def test_relations_between_frames(name):
+    """Widths may differ; a rotation of the channels changes nothing; padding and its gradient are nothing."""
+    rng = np.random.default_rng(0)
+    s, t = rng.standard_normal((3, 6, 8)).astype(np.float32), rng.standard_normal((3, 6, 5)).astype(np.float32)
+    lengths = [6, 4, 1]
+    mask = np.arange(6) < np.array(lengths)[:, None]
+    distance, total, count = getattr(losses, name), 0.0, 0
+    for x, y, n in zip(s.astype(np.float64), t.astype(np.float64), lengths):
+        x, y = x[:n], y[:n]
+        if name == "gram":
+            total, count = total + ((x @ x.T / 8 - y @ y.T / 5) ** 2).sum(), count + n * n
+        elif n > 1:
+            x, y = x - x.mean(0), y - y.mean(0)
+            norm = np.linalg.norm
+            total, count = total + 1 - norm(x.T @ y) ** 2 / norm(x.T @ x) / norm(y.T @ y), count + 1
+    term = distance(s, t, mask)
+    assert float(term.sum) == pytest.approx(total, rel=1e-5) and float(term.count) == count
+    rotation = np.linalg.qr(rng.standard_normal((8, 8)))[0].astype(np.float32)
+    assert float(distance(s, s @ rotation, mask).sum) == pytest.approx(0.0, abs=1e-4)
+    assert float(distance(np.where(mask[..., None], s, 1e3), t, mask).sum) == pytest.approx(total, rel=1e-5)
+    grads = jax.grad(lambda s: distance(s, t, mask).sum)(jnp.asarray(s))
+    assert np.isfinite(grads).all() and not np.any(np.asarray(grads)[~mask]) and np.any(grads)
+    assert not np.any(jax.grad(lambda t: distance(s, t, mask).sum)(jnp.asarray(t)))
 
 
 def test_kl():

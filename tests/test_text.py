@@ -21,10 +21,13 @@ SMALL = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, interme
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("text") / "model")
+
+
+def write_model(target):
     """A small BERT classifier with its tokenizer."""
     from transformers import BertConfig, BertTokenizerFast
 
-    target = tmp_path_factory.mktemp("text") / "model"
     config = BertConfig(**SMALL, id2label={0: "negative", 1: "positive"}).to_dict()
     model = tiny.slim(config, "classification")
     ones = {k: jnp.ones_like(v) for k, v in model.params.items() if k.endswith("LayerNorm.weight")}

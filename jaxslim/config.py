@@ -30,9 +30,10 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """AdamW for one group of parameters."""
+    """The optimiser of one group of parameters."""
 
     learning_rate: float = 1e-4
+    optimizer: str = "adamw"          # adamw | muon: its matrices by Muon, steps as large as AdamW's; the rest by AdamW
     warmup_steps: int = 0
     schedule: str = "linear"          # linear | cosine | constant, after the warm-up, down to final_factor
     final_factor: float = 0.0         # last learning rate / peak
@@ -45,6 +46,8 @@ class Group:
     def __post_init__(self):
         if self.every < 1:
             raise ConfigError(f"every {self.every}: an update comes every 1 or more steps.")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ConfigError(f"optimizer {self.optimizer!r}: use adamw or muon.")
         if self.schedule not in ("linear", "cosine", "constant"):
             raise ConfigError(f"schedule {self.schedule!r}: use linear, cosine or constant.")
 

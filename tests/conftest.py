@@ -1,7 +1,10 @@
 """What all tests share: a compilation cache, the CPU, no network; and a small data set with a model that fits it."""
+import atexit
 import json
 import os
 import pathlib
+import shutil
+import tempfile
 
 # before anything imports jax; subprocesses inherit it
 ROOT = pathlib.Path(__file__).parents[1]
@@ -9,6 +12,10 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache/tests-xla"
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Model code that transformers copies: a folder for each worker, as `transformers_modules` is one package per process
+# and two workers must not write into one folder.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="jaxslim-modules-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

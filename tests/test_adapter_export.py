@@ -11,7 +11,7 @@ from jaxslim.export import example, export
 from jaxslim.methods.adapter import Adapter
 
 torch = pytest.importorskip("torch")
-from test_export import quiet  # noqa: E402, F401  a folder of its own for the code that transformers copies
+from test_export import quiet  # noqa: E402, F401  (a fixture for all tests here)
 
 WAVLM = dict(STABLE, num_buckets=20, max_bucket_distance=30)
 CASES = [("wav2vec2-conformer", "raw"), ("wav2vec2-conformer", "houlsby"), ("wav2vec2-conformer", "merged"),

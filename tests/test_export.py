@@ -28,20 +28,15 @@ KINDS = {  # family, head, changes of the config
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch, tmp_path):
-    """No progress bars, and generated code is not kept in the user's cache."""
-    from transformers import dynamic_module_utils
+def quiet():
+    """No progress bars and no library logs."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
     yield
     logging.set_verbosity(level)
-    for name in [n for n in sys.modules if n.startswith("transformers_modules")]:
-        del sys.modules[name]
 
 
 def stock(kind):

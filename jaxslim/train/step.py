@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from jaxslim.config import Group, Train
 from jaxslim.slim import Array, Method, Slim
@@ -49,14 +50,21 @@ def schedule(group: Group, max_steps: int) -> optax.Schedule:
 
 
 def optimizer(cfg: Train, labels: Mapping[str, str]) -> optax.GradientTransformation:
-    """Clip by the global norm, then AdamW by group. Vectors get no weight decay."""
+    """Clip by the global norm, then AdamW or Muon by group. Vectors get no weight decay.
+
+    Muon: arXiv 2502.16982, whose scaling (RMS 0.2) makes a learning rate of AdamW fit."""
     def decayed(params):  # matrices, but not Mamba's decays
         return jax.tree_util.tree_map_with_path(
             lambda path, x: jnp.ndim(x) > 1 and not str(path[-1].key).endswith("A_log"), params)
 
-    def adamw(g: Group):
-        tx = optax.adamw(schedule(g, max(cfg.max_steps // g.every, 1)), g.beta1, g.beta2, g.eps,
-                         weight_decay=g.weight_decay, mask=decayed, mu_dtype=cfg.adam_mu_dtype)
+    def of(g: Group):
+        rate = schedule(g, max(cfg.max_steps // g.every, 1))
+        if g.optimizer == "muon":
+            tx = optax.contrib.muon(rate, eps=g.eps, weight_decay=g.weight_decay, weight_decay_mask=decayed,
+                                    mu_dtype=cfg.adam_mu_dtype, adam_b1=g.beta1, adam_b2=g.beta2, consistent_rms=0.2)
+        else:
+            tx = optax.adamw(rate, g.beta1, g.beta2, g.eps, weight_decay=g.weight_decay, mask=decayed,
+                             mu_dtype=cfg.adam_mu_dtype)
         every = lambda step: (step + 1) % g.every == 0  # noqa: E731
         return tx if g.every == 1 else optax.transforms.conditionally_mask(tx, every)
 
@@ -64,7 +72,7 @@ def optimizer(cfg: Train, labels: Mapping[str, str]) -> optax.GradientTransforma
     whose = {k: "teacher" if k.startswith(TEACHER) else "student" for k in labels}
     if clip and "teacher" in whose.values():  # each by its own norm
         clip = [optax.partition({"student": clip[0], "teacher": clip[0]}, whose)]
-    return optax.chain(*clip, optax.partition({name: adamw(g) for name, g in cfg.groups.items()}, dict(labels)))
+    return optax.chain(*clip, optax.partition({name: of(g) for name, g in cfg.groups.items()}, dict(labels)))
 
 
 def groups(method: Method, params: Mapping[str, Array], cfg: Train) -> dict[str, str]:

@@ -132,11 +132,19 @@ def _export(args) -> None:
     record = export(hub.load(args.model), args.destination, format=args.format, source=args.model, dtype=args.dtype,
                     force=args.force, check=not args.no_check)
     opens = "AutoModel..., trust_remote_code=True" if record["trust_remote_code"] else record["class"]
-    opens = "jax.export.deserialize" if args.format == "stablehlo" else opens
+    opens = {"stablehlo": "jax.export.deserialize", "onnx": "onnxruntime", "sherpa-onnx": "sherpa-onnx",
+             "onnx-asr": "onnx-asr"}.get(args.format, opens)
     text = f"{args.model} -> {args.destination} ({args.format}; opens with {opens})\n" + (
         f"what was written against jaxslim: max difference {record['max_difference']:.1e} of {record['max_abs']:.3g}, "
         f"same argmax in {record['argmax_agreement']:.2%} of frames" if record["checked"] else
         f"not checked: {record['reason']}")
+    for name, found in (("", record), ("int8: ", record.get("int8", {}))):
+        if name and found.get("checked"):
+            text += (f"\nint8: max difference {found['max_difference']:.1e}, same argmax in "
+                     f"{found['argmax_agreement']:.2%} of frames")
+        if (said := found.get("transcripts")) and said["package"]:
+            text += (f"\n{name}{said['package']}: {said['clips'] - len(said['different'])} of {said['clips']} "
+                     "transcripts are the same")
     _print(args, record, text)
 
 
@@ -400,10 +408,13 @@ def parser() -> argparse.ArgumentParser:
     p = command("export", _export, "write a model for other programs, opened again and compared")
     p.add_argument("model")
     p.add_argument("destination", metavar="DST")
-    p.add_argument("--format", choices=("hf", "hf-dense", "stablehlo"), default="hf",
+    p.add_argument("--format", default="hf",
+                   choices=("hf", "hf-dense", "stablehlo", "onnx", "sherpa-onnx", "onnx-asr"),
                    help="hf: for transformers (default); hf-dense: filled up to the stock shape, for the stock class; "
-                   "stablehlo: one program for CPU, GPU and TPU")
-    p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the stored weights")
+                   "stablehlo: one program for CPU, GPU and TPU; onnx: a graph for onnxruntime; sherpa-onnx, onnx-asr: "
+                   "folders that these transcribe with")
+    p.add_argument("--dtype", choices=("float32", "float16", "bfloat16", "int8"),
+                   help="of the stored weights; int8: ONNX graphs only")
     p.add_argument("--force", action="store_true", help="keep an export that differs from the model")
     p.add_argument("--no-check", action="store_true", help="write without opening it with PyTorch")
     p = commands.add_parser("data", help="check a data set, count it, make its vocabulary, write it in shards")

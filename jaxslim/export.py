@@ -1,8 +1,9 @@
 """Models for other programs: `hf` (opened by transformers, without jaxslim), `hf-dense` (in the stock shape),
-`stablehlo` (one program for CPU, GPU and TPU).
+`stablehlo` (one program for CPU, GPU and TPU), `onnx`, and bundles for `sherpa-onnx` and `onnx-asr`.
 
-Every export is opened again with PyTorch, where it is installed, and compared with this library on a fixed input;
-`parity.json` beside the model records the result. One that differs by more than TOLERANCE is not kept.
+Every export is opened again, with PyTorch, where it is installed, or the program that it is for, and compared with this
+library on a fixed input or on bundled speech; `parity.json` beside the model records the result. One that differs by
+more than TOLERANCE is not kept.
 """
 from __future__ import annotations
 
@@ -15,13 +16,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxslim import __version__, formulas, hub, stablehlo, torch_code
+from jaxslim import __version__, formulas, hub, onnx_bundles, onnx_graph, stablehlo, torch_code
 from jaxslim.dense import ExportError, expand, fold
 from jaxslim.methods.quantize import dequantize
 from jaxslim.slim import Slim
 from jaxslim.spec import Spec, nearest
 
-FORMATS = ("hf", "hf-dense", "stablehlo")
+GRAPHS = ("onnx", *onnx_bundles.BUNDLES)
+FORMATS = ("hf", "hf-dense", "stablehlo", *GRAPHS)
 TOLERANCE = 1e-4   # of max(1, max abs of the reference), DESIGN 6
 PARITY = "parity.json"
 
@@ -39,9 +41,10 @@ def export(model: Slim, folder: str | os.PathLike, *, format: str = "hf", source
         front-end channels), else one that opens with `trust_remote_code=True`; `hf-dense` fills pruned and factored
         blocks up to the stock shape. Both write int8 weights as the floats that they stand for.
       folder: as in `hub.save`.
-      format: "hf", "hf-dense" or "stablehlo".
+      format: one of FORMATS.
       source: folder or name of a model whose tokenizer, processor and generation files are copied along.
-      dtype: of the stored floats; None = as they are.
+      dtype: of the stored floats; None = as they are. Of GRAPHS float32 or "int8": onnxruntime's dynamic quantisation,
+        which is compared too, but not held to TOLERANCE.
       force: keep an export that differs by more than TOLERANCE.
       check: open and compare; False writes only.
     Returns:
@@ -52,6 +55,10 @@ def export(model: Slim, folder: str | os.PathLike, *, format: str = "hf", source
     """
     if format not in FORMATS:
         raise ExportError(f"Unknown format {format!r}; known are {', '.join(FORMATS)}.{nearest(format, FORMATS)}")
+    int8 = str(dtype) == "int8"
+    if int8 and format not in GRAPHS or format in GRAPHS and str(dtype) not in ("None", "float32", "int8"):
+        raise ExportError(f"{format}: weights of type {dtype} are not written; ONNX graphs are float32 or int8, the "
+                          "other formats float32, float16 or bfloat16. For int8 in this library use method: quantize.")
     if format != "stablehlo" and any("int8" in fields for fields in model.spec.blocks.values()):
         model = dequantize(model)
     if format == "stablehlo":
@@ -63,6 +70,11 @@ def export(model: Slim, folder: str | os.PathLike, *, format: str = "hf", source
         if stock is None and (reason := torch_code.unsupported(model.spec)):
             raise ExportError(f"hf: {reason}")
         out = model if stock is None else model.replace(spec=stock)
+    if format in GRAPHS:
+        onnx_graph.require()
+        if reason := onnx_graph.unsupported(out.spec):
+            raise ExportError(f"{format}: {reason}")
+        dtype = None
     record = {"format": format, "fingerprint": model.fingerprint, "family": model.spec.family,
               "class": hub._architecture(model.spec.family, model.spec.head),
               "trust_remote_code": bool(out.spec.blocks), "tolerance": TOLERANCE,
@@ -71,12 +83,19 @@ def export(model: Slim, folder: str | os.PathLike, *, format: str = "hf", source
     def verify(path: pathlib.Path) -> None:
         if format == "stablehlo":
             record.update(_program(model, path))
+        elif format in GRAPHS:
+            record.update(_graph(model, out.spec, path, format, int8, check), trust_remote_code=False)
         else:
             record.update(_compare(model, out, path) if check else {"checked": False, "reason": "not asked for"})
         worst = max((record[k] for k in ("relative_difference", "relative_change") if k in record), default=0.0)
         if not worst <= TOLERANCE and not force:
             raise ParityError(f"{folder}: its outputs differ by {worst:.1e} of max(1, max abs), more than "
                               f"{TOLERANCE:g}; nothing was written. With --force it is kept.")
+        said = [d for d in record.get("transcripts", {}).get("different", ()) if d["margin"] >= onnx_bundles.MARGIN]
+        if said and not force:
+            raise ParityError(f"{folder}: {record['transcripts']['package']} transcribes {len(said)} bundled clips "
+                              f"otherwise ({said[0]['package']!r}, here {said[0]['jaxslim']!r}); nothing was written. "
+                              "With --force it is kept.")
         (path / PARITY).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     hub.save(out, folder, source=source, dtype=dtype, verify=verify)
@@ -149,6 +168,52 @@ def _program(model: Slim, path: pathlib.Path) -> dict[str, Any]:
             **_difference(_ours(hub.load(path), inputs), theirs)}
 
 
+def _graph(model: Slim, spec: Spec, path: pathlib.Path, format: str, int8: bool, check: bool) -> dict[str, Any]:
+    """Writes the ONNX graph of the Hugging Face folder `path` in the place of its weights and code, and compares."""
+    task, files, outputs = None, {}, ("logits" if spec.head != "none" else "last_hidden_state")
+    if format == "onnx":
+        inputs = example(spec)
+        if inputs is None:
+            raise ExportError(f"onnx: no fixed input for {spec.family}.")
+        module = onnx_graph.wrapped(_open(path, spec), outputs, tuple(inputs))
+        (path / hub.CONFIG).write_text(json.dumps(hub.read_config(path), indent=2, sort_keys=True) + "\n")
+    else:
+        from jaxslim.data import CTCTask
+
+        task = CTCTask.from_pretrained(path, spec.family)
+        if reason := onnx_bundles.unsupported(spec, format, task):
+            raise ExportError(f"{format}: {reason}")
+        files = onnx_bundles.files(spec, format, task)
+        module, inputs, outputs = onnx_bundles.graph(format, _open(path, spec), task)
+    record: dict[str, Any] = {"versions": {"jaxslim": __version__, "jax": jax.__version__,
+                                           "python": platform.python_version(), **onnx_graph.versions()},
+                              "opset": onnx_graph.write(module, inputs, outputs, path / onnx_graph.GRAPH)}
+    batches = list(onnx_graph.batches(spec, path)) if task is None else []  # before the files that say how are gone
+    kept = {"LICENSE", "NOTICE", *files} if files else set(hub.OURS) - {hub.WEIGHTS, *torch_code.FILES}
+    for file in path.iterdir():
+        if file.name not in kept and not file.name.startswith(onnx_graph.GRAPH):
+            file.unlink()
+    for name, text in files.items():
+        (path / name).write_text(text, encoding="utf-8")
+
+    def compared(name: str) -> dict[str, Any]:
+        graph = {"file": name, "bytes": sum(f.stat().st_size for f in path.glob(f"{name}*"))}
+        if not check:
+            return graph | {"checked": False, "reason": "not asked for"}
+        found = (onnx_graph.compare(model, onnx_graph.read(path / name), batches) if task is None else
+                 onnx_bundles.compare(model, task, path, format, name))
+        return graph | {"checked": True} | found
+
+    if int8:  # the float graph is compared all the same: it says whether the difference is the rounding's
+        onnx_graph.quantize(path / onnx_graph.GRAPH, path / onnx_graph.INT8)
+    record |= compared(onnx_graph.GRAPH)
+    if int8:
+        for file in path.glob(f"{onnx_graph.GRAPH}*"):
+            file.unlink()
+        record["int8"] = compared(onnx_graph.INT8)
+    return record
+
+
 def _ours(model: Slim, inputs) -> tuple[np.ndarray, np.ndarray]:
     """Logits (or last hidden state) in fp32, and which of their positions are valid."""
     out = model(**inputs, dtype="float32")
@@ -162,6 +227,11 @@ def _ours(model: Slim, inputs) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _theirs(path: pathlib.Path, spec: Spec, inputs) -> np.ndarray:
+    return _open(path, spec, inputs)
+
+
+def _open(path: pathlib.Path, spec: Spec, inputs=None):
+    """The torch model of a folder; with `inputs` what it makes of them. Raises ParityError."""
     import torch
     import transformers
     from transformers.utils import logging
@@ -174,9 +244,10 @@ def _theirs(path: pathlib.Path, spec: Spec, inputs) -> np.ndarray:
     try:
         torch_model = getattr(transformers, name).from_pretrained(
             path, dtype=torch.float32, **({"trust_remote_code": True} if spec.blocks else {})).eval()
+        if inputs is None:
+            return torch_model
         with torch.no_grad():
-            out = torch_model(**{k: torch.from_numpy(v.astype(np.int64) if v.dtype == np.int32 else v)
-                                 for k, v in inputs.items()})
+            out = torch_model(**{k: onnx_graph.tensor(v) for k, v in inputs.items()})
     except Exception as error:
         raise ParityError(f"transformers {transformers.__version__} cannot open or run what was written "
                           f"({type(error).__name__}: {str(error).strip()[:300]}).") from error

@@ -211,9 +211,12 @@ def _check_ours(target: pathlib.Path) -> None:
     if not target.exists() or not any(target.iterdir()):
         return
     try:
-        with safetensors.safe_open(target / WEIGHTS, framework="np") as file:
-            ours = "jaxslim" in (file.metadata() or {})
-    except (safetensors.SafetensorError, OSError):
+        if (target / WEIGHTS).exists():
+            with safetensors.safe_open(target / WEIGHTS, framework="np") as file:
+                ours = "jaxslim" in (file.metadata() or {})
+        else:  # an ONNX graph has its weights in it
+            ours = "jaxslim" in json.loads((target / "parity.json").read_text())["versions"]
+    except (safetensors.SafetensorError, OSError, ValueError, LookupError, TypeError):
         ours = False
     if not ours:
         raise HubError(f"{target} holds files that jaxslim did not write, and they are not overwritten; "

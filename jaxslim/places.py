@@ -16,7 +16,9 @@ CONFIG = "config.json"
 CARRIED = ("vocab.json", "vocab.txt", "merges.txt", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
            "special_tokens_map.json", "added_tokens.json", "normalizer.json", "preprocessor_config.json",
            "processor_config.json", "generation_config.json", "LICENSE", "NOTICE")  # go from a source folder along
-OURS = (*CARRIED, CONFIG, WEIGHTS, "stage.json", "parity.json", *torch_code.FILES)  # what a new save replaces
+EXPORTED = ("parity.json", "tokens.txt", "model.stablehlo", "model.onnx", "model.onnx.data", "model.int8.onnx",
+            "model.int8.onnx.data")
+OURS = (*CARRIED, CONFIG, WEIGHTS, "stage.json", *EXPORTED, *torch_code.FILES)  # what a new save replaces
 
 
 def folder(name: str | os.PathLike, *, revision: str | None = None, language: str | None = None) -> pathlib.Path:

@@ -342,7 +342,7 @@ def merge(model: Slim, name: str | None = None, check: bool = True) -> Slim:
             _merge_lora(params, names[role], f)
             if role in fields.get("int8", ()):   # sums of int8 weights and LoRA are floats
                 left = [r for r in spec.blocks[block]["int8"] if r != role]
-                spec = spec.with_block(block, int8=left or None)
+                spec = spec.with_block(block, int8=left or None, **({} if left else {"activations": None}))
         spec = spec.with_block(block, lora=None)
         if "adapter" in fields:
             spec = _widen(spec, params, block)

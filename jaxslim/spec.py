@@ -22,9 +22,10 @@ LINEARS = {**dict.fromkeys(("attention", "cross"), ("q", "k", "v", "o")),
            **dict.fromkeys(("ffn", "ffn1", "ffn2"), ("up", "down"))}
 FIELDS = {
     "frontend": {"channels"},
-    "attention": {"mixer", "options", "heads", "qk_dim", "v_dim", "scale", "lora", "adapter", "int8",
+    "attention": {"mixer", "options", "heads", "qk_dim", "v_dim", "scale", "lora", "adapter", "int8", "activations",
                   *(f"{r}_rank" for r in "qkvo")},
-    **dict.fromkeys(("ffn", "ffn1", "ffn2"), {"units", "up_rank", "down_rank", "lora", "adapter", "int8"}),
+    **dict.fromkeys(("ffn", "ffn1", "ffn2"), {"units", "up_rank", "down_rank", "lora", "adapter", "int8",
+                                                     "activations"}),  # of the int8 linears
     "conv": {"channels"},
     "generator": {"attention", "targets", "layers", "steps", "inject", "skip", "embedding"},
 }
@@ -291,6 +292,9 @@ def _check_block(name: str, fields: Mapping[str, Any]) -> None:
         if key not in LINEARS[kind(name)] or f"{key}_rank" in fields:
             raise SpecError(f"Spec: block {name}: int8 on {key!r}; it takes unfactored linears of "
                             f"{LINEARS[kind(name)]}.")
+    if "activations" in fields and (fields["activations"] != "int8" or not fields.get("int8")):
+        raise SpecError(f"Spec: block {name}: activations {fields['activations']!r}; only int8 is known, and only "
+                        "beside int8 weights.")
     if "adapter" in fields:
         _check_adapter(name, fields["adapter"])
     if name == "generator":

@@ -37,7 +37,7 @@ def _skeleton(spec: Spec):
     mixers.tie(module)
     for block, fields in spec.blocks.items():
         for role in fields.get("int8", ()):
-            submodule(module, roles.roles(spec, block)[role]).quantize()
+            submodule(module, roles.roles(spec, block)[role]).quantize(dynamic="activations" in fields)
         if "adapter" in fields:
             adapters.attach(submodule(module, roles.roles(spec, block.rpartition(".")[0])["owner"]), spec, block)
     graphdef, state = nnx.split(module)

@@ -67,7 +67,7 @@ def convert(spec: Spec, block: str, mixer: str, given: dict[str, Any], params: d
         old.setdefault(f"{r}.bias", np.zeros(len(a.heads) * size, np.float32))   # Whisper's k has none
     o = options(mixer, a, given, init, "o.bias" in old)
     old.setdefault("o.bias", np.zeros(width, np.float32))
-    gone = dict.fromkeys(("heads", "qk_dim", "v_dim", "scale", "lora", "int8"))  # they speak of q, k, v, o
+    gone = dict.fromkeys(("heads", "qk_dim", "v_dim", "scale", "lora", "int8", "activations"))  # of q, k, v, o
     new = spec.with_block(block, **gone | {"mixer": mixer, "options": o})
     recurrent.check(mixer, width, o, block)
     out = drawn(mixer, width, o, rng)

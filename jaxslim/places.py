@@ -7,7 +7,7 @@ import re
 import tempfile
 
 from jaxslim import language as languages
-from jaxslim import torch_code
+from jaxslim import pod, torch_code
 from jaxslim import weights as stored
 from jaxslim.spec import nearest
 from jaxslim.weights import WEIGHTS, HubError, reason
@@ -36,7 +36,9 @@ def folder(name: str | os.PathLike, *, revision: str | None = None, language: st
     match = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@(.+))?", text)
     if not match:
         raise HubError(f"{text} does not exist. A model is bundled:NAME, a folder, or a hub id (org/name[@revision]).")
-    return _download(match[1], revision or match[2], () if language is None else languages.files(language))
+    more = () if language is None else languages.files(language)
+    repo, revision = match[1], revision or match[2]
+    return pod.once(f"{repo} {revision} {more}", lambda: _download(repo, revision, tuple(more)), HubError)
 
 
 def _bundled(name: str) -> pathlib.Path:

@@ -20,8 +20,9 @@ from etils import epath
 
 from jaxslim import config, cost, hub, scratch, versus
 from jaxslim.config import ConfigError, Recipe, Stage, Train
-from jaxslim.data import Batches, TextBatches, TextTask, load_rows, task_of
+from jaxslim.data import Batches, TextBatches, TextTask, load_rows, streaming, task_of
 from jaxslim.data.audio import speed_perturb
+from jaxslim.data.streaming import StreamBatches
 from jaxslim.evaluate import evaluate, frame_agreement
 from jaxslim.methods import METHODS
 from jaxslim.slim import Method, Slim
@@ -285,9 +286,10 @@ def training_batches(data: str, task, cfg: Train, mesh) -> Batches:
         size = {"batch_size": loop.batch_size(cfg, mesh)}
         if cfg.per_device_batch_seconds:
             size = {"batch_seconds": cfg.per_device_batch_seconds * common["multiple_of"]}
-        batches = Batches(load_rows(data), task, **size, **common, max_seconds=cfg.max_seconds,
-                          min_seconds=cfg.min_seconds, buckets=cfg.buckets or None,
-                          augment=speed_perturb(cfg.speed_perturb) if cfg.speed_perturb else None)
+        common |= size | dict(max_seconds=cfg.max_seconds, min_seconds=cfg.min_seconds, buckets=cfg.buckets or None,
+                              augment=speed_perturb(cfg.speed_perturb) if cfg.speed_perturb else None)
+        batches = (StreamBatches(data, task, **common) if data.startswith(streaming.PREFIX) else
+                   Batches(load_rows(data), task, **common))
     log.info(batches.summary)
     return batches
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jaxslim.data.loader import SLACK, Loader, Prefetch, generate
+from jaxslim.data.loader import Loader, Prefetch, generate
 from jaxslim.data.plan import Plan, suggest_buckets
 from jaxslim.data.rows import DataError, Rows
 
@@ -68,7 +68,10 @@ class Batches:
         self.rows, self.task, self.epochs = rows, task, epochs
         self._prefetch = prefetch
         self._loader = Loader(rows, task, seed, host, hosts, workers, augment, cache_bytes, max_skipped, labels)
-        self._select(max(buckets) if isinstance(buckets, Sequence) else math.inf, min_seconds, max_seconds, unknown)
+        longest = max(buckets) if isinstance(buckets, Sequence) else math.inf
+        self._loader.select(longest, min_seconds, max_seconds, unknown)
+        if not self._loader.seconds:
+            raise DataError(f"{rows.name} has no usable row: {self._loader.examples() or 'it is empty'}.")
         seconds, labels = self._loader.seconds, self._loader.labels
         index, ids = np.array(list(seconds)), rows.column("id")
         self._plan = Plan.make(
@@ -174,30 +177,3 @@ class Batches:
         if self._stream is not None:
             self._stream.close()
         self._stream, self._position = None, position
-
-    def _select(self, longest, low, high, unknown) -> None:
-        """Every row becomes a length (and labels) or an entry of `skipped`."""
-        loader, texts, shortest = self._loader, self.rows.column("text"), self.task.extractor.shortest
-        for i, length in enumerate(loader.durations()):
-            if isinstance(length, DataError):
-                loader.skip(i, str(length))
-            elif not (low or 0) - 1e-6 <= length <= (high or math.inf) + 1e-6:
-                loader.skip(i, f"{length:.3f} s long, outside min_seconds to max_seconds", asked=True)
-            elif length < shortest:
-                loader.skip(i, f"{length * 1000:.0f} ms long, shorter than one frame ({shortest * 1000:.0f} ms)")
-            elif length * loader.stretch > longest + SLACK:
-                loader.skip(i, f"{length:.2f} s long, over the largest bucket; drop such rows by max_seconds")
-            elif loader.labels is not None and not (texts[i] or "").strip():
-                loader.skip(i, "no text")
-            else:
-                try:
-                    if loader.labels is not None:
-                        loader.labels[i] = self.task.encode(texts[i])
-                    loader.seconds[i] = length
-                except DataError as error:
-                    if unknown == "error":
-                        raise DataError(f"Row {self.rows.column('id')[i]!r} of {self.rows.name}: {error}.") from error
-                    loader.skip(i, str(error))
-        loader.check()
-        if not loader.seconds:
-            raise DataError(f"{self.rows.name} has no usable row: {loader.examples() or 'it is empty'}.")

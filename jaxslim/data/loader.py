@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -49,6 +50,31 @@ class Loader:
             self.skipped[i] = reason
             if not asked:
                 self._bad.add(i)
+
+    def select(self, longest: float, low: float | None, high: float | None, unknown: str = "drop_row") -> None:
+        """Every row becomes a length (and labels) or an entry of `skipped`."""
+        texts, shortest = self.rows.column("text"), self.task.extractor.shortest
+        for i, length in enumerate(self.durations()):
+            if isinstance(length, DataError):
+                self.skip(i, str(length))
+            elif not (low or 0) - 1e-6 <= length <= (high or math.inf) + 1e-6:
+                self.skip(i, f"{length:.3f} s long, outside min_seconds to max_seconds", asked=True)
+            elif length < shortest:
+                self.skip(i, f"{length * 1000:.0f} ms long, shorter than one frame ({shortest * 1000:.0f} ms)")
+            elif length * self.stretch > longest + SLACK:
+                self.skip(i, f"{length:.2f} s long, over the largest bucket; drop such rows by max_seconds")
+            elif self.labels is not None and not (texts[i] or "").strip():
+                self.skip(i, "no text")
+            else:
+                try:
+                    if self.labels is not None:
+                        self.labels[i] = self.task.encode(texts[i])
+                    self.seconds[i] = length
+                except DataError as error:
+                    if unknown == "error":
+                        raise DataError(f"Row {self.rows.column('id')[i]!r} of {self.rows.name}: {error}.") from error
+                    self.skip(i, str(error))
+        self.check()
 
     def check(self) -> None:
         """Raises DataError once too many rows proved unusable."""

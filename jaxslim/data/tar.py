@@ -54,10 +54,10 @@ def read(source: str) -> list[dict]:
     Raises:
       DataError: no readable tar file, a compressed one, or one without audio.
     """
-    return [record for path in expand(source) for record in _records(path)]
+    return [record for path in expand(source) for record in records(path)]
 
 
-def _records(path: str) -> Iterator[dict]:
+def records(path: str) -> Iterator[dict]:
     samples: dict[str, dict] = {}
     try:
         with _open(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:

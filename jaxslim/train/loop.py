@@ -89,11 +89,11 @@ def _run(method, student, teacher, cfg, batches, folder, mesh, validate, name, s
         now = method.teacher_at(teacher, step) if teacher is not None else None
         if now is not None and id(now) not in placed:
             placed.clear()
-            placed[id(now)] = now, Slim(now.spec, M.place(_stored(now.params, cfg.teacher_dtype), mesh))
+            placed[id(now)] = now, now.replace(params=M.place(_stored(now.params, cfg.teacher_dtype), mesh))
         return None if now is None else placed[id(now)][1]
 
     def current() -> Slim:
-        return Slim(student.spec, {**frozen, **(state.average or state.params)})
+        return student.replace(params={**frozen, **(state.average or state.params)})
 
     def save() -> None:
         checkpoints.save(at, state, {**meta, "data": batches.get_state()})
@@ -139,7 +139,7 @@ def _run(method, student, teacher, cfg, batches, folder, mesh, validate, name, s
                     _save_best(best, state.average or state.params)
                 _play(logger, at, scores, getattr(validate, "rows", None))
             if snapshot and cfg.snapshot_steps and at % cfg.snapshot_steps == 0:
-                snapshot(Slim(student.spec, {k: np.asarray(_host(v)) for k, v in current().params.items()}), at)
+                snapshot(student.replace(params={k: np.asarray(_host(v)) for k, v in current().params.items()}), at)
             stopping = _agreed(stop, at)
             if stopping or cfg.save_steps and at % cfg.save_steps == 0 or at == cfg.max_steps:
                 save()
@@ -155,7 +155,7 @@ def _run(method, student, teacher, cfg, batches, folder, mesh, validate, name, s
         log.info("%s: best validation error %.4f at step %d; its parameters are kept.", name, meta["best"]["wer"],
                  meta["best"]["step"])
         params |= _load_best(best)
-    return Slim(student.spec, {k: np.asarray(_host(v)) for k, v in params.items()})
+    return student.replace(params={k: np.asarray(_host(v)) for k, v in params.items()})
 
 
 def _stored(params, dtype: str):

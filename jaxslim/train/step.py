@@ -130,7 +130,7 @@ def make(method: Method, spec: Spec, tx: optax.GradientTransformation, cfg: Trai
             live = {k.removeprefix(TEACHER): v for k, v in everything.items() if k.startswith(TEACHER)}
             targets = method.targets(Slim(teacher.spec, live, own), batch, key, step)
         elif teacher is not None:
-            guide = Slim(teacher.spec, M.gather(teacher.params, mesh, cfg.dtype), options)
+            guide = teacher.replace(params=M.gather(teacher.params, mesh, cfg.dtype), defaults=options)
             targets = jax.lax.stop_gradient(method.targets(guide, batch, key, step))
         student = Slim(spec, {k: v for k, v in everything.items() if not k.startswith(TEACHER)}, own)
         return method.loss(student, targets, batch, key, step)

@@ -33,7 +33,7 @@ class Group:
     """The optimiser of one group of parameters."""
 
     learning_rate: float = 1e-4
-    optimizer: str = "adamw"          # adamw | muon: its matrices by Muon, steps as large as AdamW's; the rest by AdamW
+    optimizer: str = "adamw"          # adamw | muon: hidden matrices by Muon, steps as large as AdamW's; rest AdamW
     warmup_steps: int = 0
     schedule: str = "linear"          # linear | cosine | constant, after the warm-up, down to final_factor
     final_factor: float = 0.0         # last learning rate / peak

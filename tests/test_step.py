@@ -8,7 +8,7 @@ import optax
 import pytest
 import tiny
 
-from jaxslim.config import Group, Train
+from jaxslim.config import ConfigError, Group, Train
 from jaxslim.methods.finetune import Finetune
 from jaxslim.methods.generate import Generate
 from jaxslim.methods.linearize import Linearize
@@ -160,6 +160,28 @@ def test_groups_have_their_own_rates():
     for name, value in state.params.items():  # Adam's first step is the rate itself
         want = 1e-2 if "lm_head" in name else 1e-3
         np.testing.assert_allclose(MODEL.params[name] - value, want, rtol=1e-2, err_msg=name)
+
+
+def test_muon_turns_matrices_and_leaves_the_rest_to_adamw():
+    """Matrices move by orthogonal directions of RMS 0.2 x learning rate, vectors and kernels as AdamW moves them."""
+    rng = np.random.default_rng(0)
+    params = {"w": np.float32(rng.normal(size=(8, 24))), "b": np.float32(rng.normal(size=8)),
+              "k": np.float32(rng.normal(size=(4, 3, 5)))}
+    grads = {k: np.float32(rng.normal(size=v.shape)) for k, v in params.items()}
+    moved = {}
+    for kind in ("muon", "adamw"):
+        cfg = dataclasses.replace(CFG, max_grad_norm=0.0, groups={"main": Group(optimizer=kind, learning_rate=0.1,
+                                                                                schedule="constant")})
+        tx = S.optimizer(cfg, dict.fromkeys(params, "main"))
+        moved[kind] = tx.update(grads, tx.init(params), params)[0]
+    for name in ("b", "k"):
+        np.testing.assert_allclose(moved["muon"][name], moved["adamw"][name], rtol=1e-6)
+    step = np.asarray(moved["muon"]["w"])
+    sizes = np.linalg.svd(step, compute_uv=False)
+    assert sizes.max() / sizes.min() < 2 and np.sum(step * grads["w"]) < 0  # Newton-Schulz is not exact
+    assert np.sqrt(np.mean(step**2)) == pytest.approx(0.02, rel=0.3)
+    with pytest.raises(ConfigError, match="adamw or muon"):
+        Group(optimizer="lion")
 
 
 def test_vectors_get_no_weight_decay():

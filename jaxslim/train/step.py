@@ -6,6 +6,7 @@ gradient of sum_i weight_i * sum_i / count_i. Normalising each microbatch by its
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from jaxslim.spec import Spec
 from jaxslim.train import mesh as M
 from jaxslim.train import random
 
+NOT_TURNED = re.compile(r"embed|lm_head|classifier|A_log")
 TEACHER = "teacher/"   # prefix of the parameters of a teacher that is trained beside the student
 
 
@@ -57,14 +59,20 @@ def optimizer(cfg: Train, labels: Mapping[str, str]) -> optax.GradientTransforma
         return jax.tree_util.tree_map_with_path(
             lambda path, x: jnp.ndim(x) > 1 and not str(path[-1].key).endswith("A_log"), params)
 
+    def turned(params):  # hidden matrices, not tables and output layers, as is usual with Muon
+        def kind(path, x):
+            return "muon" if jnp.ndim(x) == 2 and not NOT_TURNED.search(str(path[-1].key)) else "adamw"
+
+        return jax.tree_util.tree_map_with_path(kind, params)
+
     def of(g: Group):
         rate = schedule(g, max(cfg.max_steps // g.every, 1))
-        if g.optimizer == "muon":
-            tx = optax.contrib.muon(rate, eps=g.eps, weight_decay=g.weight_decay, weight_decay_mask=decayed,
-                                    mu_dtype=cfg.adam_mu_dtype, adam_b1=g.beta1, adam_b2=g.beta2, consistent_rms=0.2)
-        else:
-            tx = optax.adamw(rate, g.beta1, g.beta2, g.eps, weight_decay=g.weight_decay, mask=decayed,
-                             mu_dtype=cfg.adam_mu_dtype)
+        tx = optax.adamw(rate, g.beta1, g.beta2, g.eps, weight_decay=g.weight_decay, mask=decayed,
+                         mu_dtype=cfg.adam_mu_dtype)
+        if g.optimizer == "muon":  # optax's own rest would be Adam with Nesterov momentum
+            muon = optax.contrib.muon(rate, eps=g.eps, weight_decay=g.weight_decay, weight_decay_mask=decayed,
+                                      mu_dtype=cfg.adam_mu_dtype, consistent_rms=0.2)
+            tx = optax.partition({"muon": muon, "adamw": tx}, turned)
         every = lambda step: (step + 1) % g.every == 0  # noqa: E731
         return tx if g.every == 1 else optax.transforms.conditionally_mask(tx, every)
 

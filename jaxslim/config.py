@@ -107,6 +107,7 @@ class Stage:
     method: str
     options: dict[str, Any] = dataclasses.field(default_factory=dict)   # the method's dataclass, strict
     train: Train | None = None
+    data: str | None = None                    # training DATA of this stage alone; None = the recipe's data.train
 
     def __post_init__(self):
         if not re.fullmatch(r"\w[\w-]*", self.name):

@@ -20,7 +20,7 @@ from etils import epath
 
 from jaxslim import config, cost, hub, scratch, versus
 from jaxslim.config import ConfigError, Recipe, Stage, Train
-from jaxslim.data import Batches, TextBatches, TextTask, load_rows, streaming, task_of
+from jaxslim.data import Batches, Seq2SeqTask, TextBatches, TextTask, load_rows, streaming, task_of
 from jaxslim.data.audio import speed_perturb
 from jaxslim.data.streaming import StreamBatches
 from jaxslim.evaluate import evaluate, frame_agreement
@@ -46,7 +46,8 @@ def run(path: str, output: str, overrides: Sequence[str] = (), *, overwrite: boo
     _claim(folder, "recipe.yaml")
     if not recipe.data.train:
         raise ConfigError(f"{path}: data.train must be set.")
-    for data in filter(None, (recipe.data.train, recipe.data.validation, recipe.data.test)):
+    for data in filter(None, (recipe.data.train, recipe.data.validation, recipe.data.test,
+                              *(s.data for s in recipe.stages))):
         load_rows(data)
     for stage in recipe.stages:
         M.make(stage.train.mesh if stage.train else "data=-1")
@@ -83,7 +84,7 @@ class _Work:
         target, partial = self.folder / name, self.folder / f"{name}.partial"
         wanted = json.loads(json.dumps({
             "method": type(method).__name__.lower(), "options": config.to_dict(method),
-            "train": stage.train and config.to_dict(stage.train), "data": self.recipe.data.train,
+            "train": stage.train and config.to_dict(stage.train), "data": stage.data or self.recipe.data.train,
             "seed": self.recipe.seed, "teacher": self.teacher.fingerprint, "parent": parent.fingerprint,
             "validation": self.recipe.data.validation if stage.train and stage.train.eval_steps else None}))
         if (target / "stage.json").exists():
@@ -100,7 +101,7 @@ class _Work:
         started, trained = time.monotonic(), 0
         mesh = M.make(stage.train.mesh if stage.train else "data=-1")
         cfg = stage.train or Train()
-        batches = training_batches(self.recipe.data.train, self.task, cfg, mesh)
+        batches = training_batches(stage.data or self.recipe.data.train, self.task, cfg, mesh, method.labelled())
         student = method.start(parent, batches, jax.random.key(self.recipe.seed))
         if stage.train:
             cfg = for_control(method, student.params, cfg) if control else cfg
@@ -275,8 +276,8 @@ def method_of(stage: Stage) -> Method:
     return config.build(METHODS[stage.method], stage.options, f"Stage {stage.name}: options")
 
 
-def training_batches(data: str, task, cfg: Train, mesh) -> Batches:
-    """Shuffled endless global batches for `cfg` on `mesh`."""
+def training_batches(data: str, task, cfg: Train, mesh, labelled: bool = True) -> Batches:
+    """Shuffled endless global batches for `cfg` on `mesh`; if not `labelled`, of clips without text too."""
     common = dict(multiple_of=M.shards(mesh) * cfg.gradient_accumulation_steps, seed=cfg.seed,
                   host=jax.process_index(), hosts=jax.process_count())
     if isinstance(task, TextTask):
@@ -288,8 +289,12 @@ def training_batches(data: str, task, cfg: Train, mesh) -> Batches:
             size = {"batch_seconds": cfg.per_device_batch_seconds * common["multiple_of"]}
         common |= size | dict(max_seconds=cfg.max_seconds, min_seconds=cfg.min_seconds, buckets=cfg.buckets or None,
                               augment=speed_perturb(cfg.speed_perturb) if cfg.speed_perturb else None)
-        batches = (StreamBatches(data, task, **common) if data.startswith(streaming.PREFIX) else
-                   Batches(load_rows(data), task, **common))
+        labels = labelled or isinstance(task, Seq2SeqTask)   # a decoder reads them
+        if data.startswith(streaming.PREFIX):
+            batches = StreamBatches(data, task, labels=labels, **common)
+        else:
+            rows = load_rows(data)
+            batches = Batches(rows, task, labels=labels or all(rows.column("text")), **common)
     log.info(batches.summary)
     return batches
 

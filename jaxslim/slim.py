@@ -245,6 +245,10 @@ class Method:
         """'frozen' or a key of train.groups."""
         return "main"
 
+    def labelled(self) -> bool:
+        """Whether the loss reads labels; without, clips that have no text are trained on too."""
+        return True
+
     def keeps_best(self) -> bool:
         """Whether the parameters with the best validation score are kept, or the last ones."""
         return True

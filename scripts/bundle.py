@@ -1,26 +1,54 @@
-"""Puts a trained model into checkpoints/ as a bundled one, weights in half precision.
+"""Puts a trained model into checkpoints/ as a bundled one, weights in half precision; or prompts into the package.
 
-    python scripts/bundle.py runs/teacher/final            # -> checkpoints/wav2vec2-ctc-en, in place of the old weights
+    python scripts/bundle.py runs/teacher/final          # -> checkpoints/wav2vec2-ctc-en, in place of the old weights
+    python scripts/bundle.py prompts --prompts           # -> jaxslim/assets/prompts-{es,fr,it,ru}/{train,test}.parquet
 
 config.json keeps dtype float32, so transformers and jaxslim open the model in fp32. Tokenizer, processor and NOTICE of
 the model already there stay (of SRC for a new name), and so does its card: edit the numbers in its README.md. Then
     python -m pytest tests/test_parity.py -k bundled -m "slow or not slow"
+
+With --prompts SRC is a folder with LANG/train.parquet (Asterisk core sounds, 16 kHz Ogg/Opus; the columns of
+prompts-en, no text). Of the clips of 1 to 6 s, 120 at equal distances in the order of their ids are taken, every third
+for test; the bytes of the audio stay as they are. NOTICE and README.md of the folders are written by hand.
 """
 import argparse
 import pathlib
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from jaxslim import hub
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+LANGUAGES, CLIPS, SECONDS = ("es", "fr", "it", "ru"), 120, (1.0, 6.0)
+COLUMNS = ("id", "audio", "speaker", "language", "duration")
+
+
+def prompts(source: pathlib.Path, target: pathlib.Path) -> None:
+    """target/prompts-LANG/{train,test}.parquet of source/LANG/train.parquet."""
+    for language in LANGUAGES:
+        table = pq.read_table(source / language / "train.parquet", columns=list(COLUMNS)).sort_by("id")
+        length = table["duration"]
+        table = table.filter(pc.and_(pc.greater_equal(length, SECONDS[0]), pc.less_equal(length, SECONDS[1])))
+        index = np.linspace(0, table.num_rows - 1, min(CLIPS, table.num_rows)).round().astype(int)
+        folder = target / f"prompts-{language}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for split, rows in (("train", np.delete(index, np.s_[2::3])), ("test", index[2::3])):
+            part = table.take(rows)
+            pq.write_table(part, folder / f"{split}.parquet", compression="none")
+            print(f"{folder / split}: {part.num_rows} clips, {pc.sum(part['duration']).as_py() / 60:.1f} min")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("src", help="folder, hub id or bundled:NAME of the trained model")
     parser.add_argument("--name", default="wav2vec2-ctc-en")
+    parser.add_argument("--prompts", action="store_true", help="SRC is a folder of prompts, LANG/train.parquet")
+    parser.add_argument("--assets", type=pathlib.Path, default=ROOT / "jaxslim/assets", help="where prompts go")
     args = parser.parse_args()
+    if args.prompts:
+        return prompts(pathlib.Path(args.src), args.assets)
     model, target = hub.load(args.src), ROOT / "checkpoints" / args.name
     hub.save(model, target, source=target if target.exists() else args.src, dtype="float16")
     half = hub.load(target)

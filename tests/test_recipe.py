@@ -240,3 +240,29 @@ def test_train(small, tmp_path):
         recipe.train(str(tmp_path / "train.yaml"), ["model=''"])
     with pytest.raises(ConfigError, match="options: unknown key 'freez'"):
         recipe.train(str(tmp_path / "train.yaml"), ["options.freez=1", f"output_dir={tmp_path}/other"])
+
+
+def test_clips_without_text(small, tmp_path):
+    """A stage that reads no labels takes them; one that does says what is missing, or has data of its own."""
+    silent = pathlib.Path(small["train"]).with_name("silent.jsonl")
+    lines = [json.loads(line) for line in pathlib.Path(small["train"]).read_text().splitlines()]
+    silent.write_text("\n".join(json.dumps({k: v for k, v in line.items() if k != "text"}) for line in lines))
+    tree = {"teacher": small["model"], "data": {"train": str(silent)}, "bench_seconds": [], "control": False,
+            "stages": [
+        {"name": "heads", "method": "generate", "options": {"student": "heads", "initial_layers": 1},
+         "train": {"max_steps": 2, "per_device_train_batch_size": 4, "buckets": [0.12], "logging_steps": 1}},
+        {"name": "recover", "method": "train", "data": small["train"],
+         "train": {"max_steps": 1, "per_device_train_batch_size": 4, "buckets": [0.12]}}]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    summary = recipe.run(str(tmp_path / "recipe.yaml"), str(tmp_path / "run"))
+    used = [read(tmp_path / "run" / s["path"] / "stage.json")["config"]["data"] for s in summary["stages"]]
+    assert used == [str(silent), small["train"]]
+    rows = L.read(str(tmp_path / "run" / "01-heads"))
+    assert [r["step"] for r in rows] == [1, 2] and all(r["loss/layer.1"] > 0 for r in rows)
+    del tree["stages"][1]["data"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(DataError, match="of .*silent.jsonl are unusable.*no text"):
+        recipe.run(str(tmp_path / "recipe.yaml"), str(tmp_path / "again"))
+    with pytest.raises(DataError, match="nothing.parquet does not exist"):
+        recipe.run(str(tmp_path / "recipe.yaml"), str(tmp_path / "third"), ["recover.data=nothing.parquet"])
+    assert not (tmp_path / "third" / "01-heads").exists()

@@ -18,7 +18,8 @@ MANIFESTS = (".jsonl", ".json", ".ndjson", ".tsv", ".csv")
 def read(source: str) -> tuple[list[dict], Any]:
     """One DATA -> its rows under the table's own column names, and the folder its audio paths start from (or None)."""
     if source.startswith("bundled:"):
-        path = ASSETS / (source.removeprefix("bundled:") + ".parquet")
+        name = source.removeprefix("bundled:")
+        path = ASSETS / (f"{name}.parquet" if "/" in name else f"{name}/train.parquet")
         if not path.is_file():
             known = sorted(str(p.relative_to(ASSETS).with_suffix("")) for p in ASSETS.glob("*/*.parquet"))
             raise DataError(f"{source} is not bundled; there is {', '.join('bundled:' + name for name in known)}.")

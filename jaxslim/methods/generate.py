@@ -206,6 +206,9 @@ class Generate(Method):
             return "frozen"
         return "main"
 
+    def labelled(self) -> bool:
+        return bool(self.task_weight)
+
     def keeps_best(self) -> bool:
         return bool(self.task_weight or self.logit_weight)
 

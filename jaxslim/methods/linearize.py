@@ -294,6 +294,9 @@ class Linearize(Method):
         left = 1.0 - jnp.minimum(step / self.until, 1.0)
         return left if schedule == "linear" else 0.5 - 0.5 * jnp.cos(jnp.pi * left)
 
+    def labelled(self) -> bool:
+        return self.objective != "align"
+
     def control(self) -> Method | None:
         if self.objective == "align":
             return None

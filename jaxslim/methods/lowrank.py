@@ -173,6 +173,9 @@ class LowRank(Method):
             terms["kl"] = kl._replace(weight=self.logit_weight)
         return terms
 
+    def labelled(self) -> bool:
+        return self.objective != "layers"
+
     def control(self) -> Method | None:
         return None if self.objective == "layers" else Finetune(
             freeze=("feature_extractor",) if self.freeze_frontend else ())

@@ -145,13 +145,18 @@ def long_enough(wave: np.ndarray, task) -> np.ndarray:
     return wave
 
 
+def octave(seconds: float) -> float:
+    """The next of eight lengths an octave, at least 1 s: so few programs are compiled for audio of any length."""
+    seconds = max(seconds, 1.0)
+    step = 2.0 ** (math.floor(math.log2(seconds)) - 3)
+    return math.ceil(seconds / step - 1e-9) * step
+
+
 def single(wave: np.ndarray, task) -> dict[str, np.ndarray]:
     """A batch of one clip (samples,): at its exact length, or with a mask, padded to one of eight lengths an octave."""
     batch, padded = {"row": np.zeros(1, np.int32), "samples": np.array([len(wave)], np.int32)}, len(wave)
     if task.extractor.return_attention_mask:
-        seconds = max(len(wave) / task.sampling_rate, 1.0)
-        step = 2.0 ** (math.floor(math.log2(seconds)) - 3)
-        padded = round(math.ceil(seconds / step - 1e-9) * step * task.sampling_rate)
+        padded = round(octave(len(wave) / task.sampling_rate) * task.sampling_rate)
     inputs = task.extractor([wave], padded)
     if not task.extractor.return_attention_mask:
         del inputs["attention_mask"]

@@ -85,6 +85,7 @@ class Train:
     max_seconds: float = 30.0
     buckets: tuple[float, ...] = ()            # in seconds (texts: tokens), one compiled step each; () = by data
     speed_perturb: tuple[float, ...] = ()      # e.g. [0.9, 1.0, 1.1]
+    teacher_cache: str = ""                    # folder: the teacher's features, computed once, read instead of it
     profile_steps: int = 0                     # so many steps are traced into <run>/profile (xplane)
     max_nonfinite_steps: int = 20              # so many in a row stop the run
 

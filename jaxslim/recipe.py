@@ -27,7 +27,7 @@ from jaxslim.evaluate import evaluate, frame_agreement
 from jaxslim.methods import METHODS
 from jaxslim.slim import Method, Slim
 from jaxslim.spec import nearest
-from jaxslim.train import loop
+from jaxslim.train import cached, loop
 from jaxslim.train import mesh as M
 from jaxslim.train.step import for_control, groups
 
@@ -43,6 +43,8 @@ def run(path: str, output: str, overrides: Sequence[str] = (), *, overwrite: boo
     """
     recipe, folder = config.load(Recipe, path, overrides), epath.Path(output)
     methods = [method_of(s) for s in recipe.stages]          # all that can be checked is checked before any work
+    for stage, method in zip(recipe.stages, methods, strict=True):
+        cached.check(method, stage.train or Train())
     _claim(folder, "recipe.yaml")
     if not recipe.data.train:
         raise ConfigError(f"{path}: data.train must be set.")
@@ -109,7 +111,10 @@ class _Work:
                           if not k.startswith("teacher/"))
             partial.mkdir(parents=True, exist_ok=True)
             _write_json(partial / "stage.json", wanted)
-            student = loop.run(method, student, self.teacher, cfg, batches, partial, mesh=mesh, name=name,
+            guide = self.teacher
+            if cfg.teacher_cache and not control:
+                batches, guide = cached.attach(cfg.teacher_cache, method, guide, batches, cfg), None
+            student = loop.run(method, student, guide, cfg, batches, partial, mesh=mesh, name=name,
                                validate=validation(self.recipe.data.validation, self.task))
         student = method.finish(student, batches)
         info = {"name": stage.name, "path": name, "config": wanted, "fingerprint": student.fingerprint,

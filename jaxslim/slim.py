@@ -249,6 +249,10 @@ class Method:
         """Whether the loss reads labels; without, clips that have no text are trained on too."""
         return True
 
+    def cacheable(self) -> bool:
+        """Whether `targets` are features (B, T, D) of each clip that depend on neither key nor step."""
+        return False
+
     def keeps_best(self) -> bool:
         """Whether the parameters with the best validation score are kept, or the last ones."""
         return True

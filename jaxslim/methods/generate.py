@@ -206,6 +206,9 @@ class Generate(Method):
             return "frozen"
         return "main"
 
+    def cacheable(self) -> bool:
+        return True
+
     def labelled(self) -> bool:
         return bool(self.task_weight)
 

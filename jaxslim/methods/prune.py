@@ -217,6 +217,9 @@ class Prune(Method):
     def keeps_best(self) -> bool:
         return not self.target or self.select != "learn"  # the best while pruning is the one pruned least
 
+    def cacheable(self) -> bool:
+        return self.objective != "task"
+
     def labelled(self) -> bool:
         return self.objective != "distill"
 

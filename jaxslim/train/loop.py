@@ -23,7 +23,7 @@ from jaxslim.train.log import Logger, process_log
 log = logging.getLogger(__name__)
 # keys that may change between a run and its resumption
 FREE = ("logging_steps", "save_steps", "save_total_limit", "snapshot_steps", "eval_steps", "mesh",
-        "max_nonfinite_steps", "layers", "profile_steps")
+        "max_nonfinite_steps", "layers", "profile_steps", "teacher_cache")
 # and these, because the data's own state says whether the global batches are the same
 SPLIT = ("per_device_train_batch_size", "per_device_batch_seconds", "gradient_accumulation_steps")
 CLIPS = 3  # of the validation data that TensorBoard plays beside their hypotheses

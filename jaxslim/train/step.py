@@ -18,8 +18,8 @@ import optax.contrib
 from jaxslim.config import Group, Train
 from jaxslim.slim import Array, Method, Slim
 from jaxslim.spec import Spec
+from jaxslim.train import cached, random
 from jaxslim.train import mesh as M
-from jaxslim.train import random
 
 NOT_TURNED = re.compile(r"embed|lm_head|classifier|A_log")
 TEACHER = "teacher/"   # prefix of the parameters of a teacher that is trained beside the student
@@ -133,7 +133,8 @@ def make(method: Method, spec: Spec, tx: optax.GradientTransformation, cfg: Trai
     def terms(trained, frozen, teacher, batch, key, step):
         everything = M.gather({**frozen, **trained}, mesh, cfg.dtype)
         own = (*options, ("remat", cfg.remat))
-        key, targets = jax.random.fold_in(key, 2), {}  # one key for both: a method may share its noise or fold it on
+        key = jax.random.fold_in(key, 2)  # one key for both: a method may share its noise or fold it on
+        targets = cached.targets(batch)   # without a teacher: what it said before, or nothing
         if teacher is not None and not teacher.params:  # it is trained in this very step
             live = {k.removeprefix(TEACHER): v for k, v in everything.items() if k.startswith(TEACHER)}
             targets = method.targets(Slim(teacher.spec, live, own), batch, key, step)

@@ -193,6 +193,15 @@ def _data_prepare(args) -> None:
     _print(args, value, "\n".join(lines))
 
 
+def _data_label(args) -> None:
+    from jaxslim import pseudo
+
+    value = pseudo.label(args.model, args.data, args.destination, max_wer=args.max_wer, normalize=args.normalize,
+                         batch_size=args.batch_size, language=args.language,
+                         progress=lambda line: print(line, file=sys.stderr))
+    _print(args, value, pseudo.render(value))
+
+
 def _train(args) -> None:
     from jaxslim import recipe
 
@@ -224,6 +233,10 @@ def _eval(args) -> int:
     from jaxslim import robust, versus
     from jaxslim.evaluate import evaluate, render
 
+    if args.suite:
+        return _suite(args)
+    if args.data is None:
+        raise ValueError("eval takes --data DATA, or --suite micro-superb, which brings its own.")
     if args.robustness is not None:
         from jaxslim.data import load_rows
 
@@ -244,6 +257,17 @@ def _eval(args) -> int:
     missed = versus.gates(result, result.utterances, args.max_wer, args.max_regression, args.margin)
     _print(args, result | {"gates_missed": missed}, "\n".join([render(result), *(f"Gate missed: {m}" for m in missed)]))
     return 4 if missed else 0
+
+
+def _suite(args) -> int:
+    from jaxslim import superb
+
+    logging.getLogger("jaxslim.superb").setLevel(logging.INFO)
+    result = superb.evaluate(args.model, teacher=args.baseline or superb.TEACHER, output=args.output,
+                             tasks=args.tasks or (), options=superb.options(args.suite_options or ()),
+                             generated_layers=args.generated_layers or 0)
+    _print(args, result, superb.render(result))
+    return 0
 
 
 def _compare(args) -> None:
@@ -417,8 +441,8 @@ def parser() -> argparse.ArgumentParser:
                    help="of the stored weights; int8: ONNX graphs only")
     p.add_argument("--force", action="store_true", help="keep an export that differs from the model")
     p.add_argument("--no-check", action="store_true", help="write without opening it with PyTorch")
-    p = commands.add_parser("data", help="check a data set, count it, make its vocabulary, write it in shards")
-    data = p.add_subparsers(dest="subcommand", required=True, metavar="check|stats|vocab|prepare")
+    p = commands.add_parser("data", help="check a data set, count it, make its vocabulary, write it in shards, label")
+    data = p.add_subparsers(dest="subcommand", required=True, metavar="check|stats|vocab|prepare|label")
     p = command("check", _data_check, "decode every clip and read every text: what is wrong with them?", commands=data)
     p.add_argument("data", metavar="DATA")
     p.add_argument("--model", help="also check the texts against this model's vocabulary and frames")
@@ -441,6 +465,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--skip", metavar="FILE", help="a quarantine list of `data check`")
     p.add_argument("--shards", type=int, default=1, help="number of files (default 1)")
     p.add_argument("--seed", type=int, default=0)
+    p = command("label", _data_label, "a model's transcripts as texts, those too far from the given ones left out",
+                commands=data)
+    p.add_argument("model")
+    p.add_argument("data", metavar="DATA")
+    p.add_argument("destination", metavar="DST")
+    p.add_argument("--max-wer", type=float, default=0.1, metavar="FRACTION",
+                   help="clips whose text differs by more are left out (default 0.1)")
+    p.add_argument("--normalize", default="whisper", metavar="NAME",
+                   help="both texts before comparing: whisper (default), whisper-english, letters, none")
+    p.add_argument("--language", help="of the speech, for Whisper and MMS models")
+    p.add_argument("--batch-size", type=int, default=8)
     p = command("train", _train, "fine-tune a model: CTC, Whisper, text classes")
     p.add_argument("config", metavar="CONFIG")
     p.add_argument("overrides", nargs="*", metavar="key=value")
@@ -458,7 +493,14 @@ def parser() -> argparse.ArgumentParser:
                    "teacher matters")
     p = command("eval", _eval, "word error rate of a speech model on DATA, accuracy of a text classifier")
     p.add_argument("model")
-    p.add_argument("--data", required=True)
+    p.add_argument("--data")
+    p.add_argument("--suite", choices=("micro-superb",), help="instead of --data: tasks on the model's frozen hidden "
+                   "states, beside log-mel, random weights and the teacher (--baseline)")
+    p.add_argument("--output", default="runs/micro-superb", metavar="DIR",
+                   help="of the suite: features and results, found again by the next run (default runs/micro-superb)")
+    p.add_argument("--tasks", nargs="+", metavar="TASK", help="of the suite, only these")
+    p.add_argument("--suite-options", nargs="+", metavar="KEY=VALUE", help="of the suite, e.g. asr_steps=200")
+    p.add_argument("--generated-layers", type=int, metavar="N", help="of the suite: a generative student stops after N")
     p.add_argument("--mesh", help="split over devices and hosts, e.g. data=-1")
     p.add_argument("--batch-size", type=int, default=8)
     p.add_argument("--limit", type=int, help="only the first N rows")
@@ -468,7 +510,7 @@ def parser() -> argparse.ArgumentParser:
                    help="both texts before scoring: none (default), letters, whisper, whisper-english")
     p.add_argument("--robustness", nargs="*", metavar="CONDITION",
                    help="instead: WER under noise, telephone, room and speed (all, or those named)")
-    p.add_argument("--baseline", metavar="MODEL", help="with --robustness: the teacher, measured beside")
+    p.add_argument("--baseline", metavar="MODEL", help="with --robustness and --suite: the teacher, measured beside")
     p.add_argument("--language", help="of the speech, for Whisper and MMS models")
     _beam_options(p)
     p.add_argument("--max-wer", type=float, metavar="FRACTION", help="gate: exit with 4 above it")

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxslim.models.roles import FAMILIES
-from jaxslim.spec import MIXERS, Spec, kind
+from jaxslim.spec import MIXERS, Generator, Spec, kind
 
 FILES = ("configuration_jaxslim.py", "modeling_jaxslim.py")
 STOCK = "jaxslim_stock"
@@ -34,7 +34,7 @@ POSITIONS = {"wavlm": "gated", **dict.fromkeys(("wav2vec2-conformer", "wav2vec2-
                                                 "parakeet_encoder"), "distances")}  # the part that knows them
 SHAPES = {"mixer", "options", "heads", "qk_dim", "v_dim", "scale"}  # fields that need the template's attention
 ANY = SHAPES | {"lora", "adapter", "q_rank", "k_rank", "v_rank", "o_rank"}   # WavLM's reads its linears' weights
-WRITTEN = {**dict.fromkeys(("frontend", "conv"), {"channels"}), "attention": ANY,
+WRITTEN = {**dict.fromkeys(("frontend", "conv"), {"channels"}), "attention": ANY, "generator": Generator._fields,
            "ffn": {"units", "up_rank", "down_rank", "lora", "adapter"}}
 RECURRENT = ("mamba2", "mamba", "gated_deltanet")
 ROLES = ("owner", "q", "k", "v", "o", "pos", "bias_u", "bias_v", "up", "down", "conv", "inner", "norm")
@@ -52,7 +52,11 @@ def unsupported(spec: Spec) -> str | None:
         return "Gemma 3n's audio encoder has changed blocks, for which no PyTorch code is written in this release."
     if spec.slots > 1:
         return f"This model has {spec.slots} adapters, and PyTorch code is written for one; save one alone."
+    if spec.generator and spec.get("adapter_attn_dim"):
+        return "A generative student with MMS adapters has no PyTorch code in this release."
     for block, fields in spec.blocks.items():
+        if block.startswith("generator."):
+            return f"Block {block}, inside a generator, is changed; no PyTorch code is written for it in this release."
         what = {"ffn1": "ffn", "ffn2": "ffn", "cross": "attention"}.get(kind(block), kind(block))
         lacking = fields.keys() - WRITTEN.get(what, set())
         if what == "attention" and spec.family not in ATTENTION:
@@ -74,6 +78,10 @@ def files(spec: Spec, architecture: str) -> dict[str, str]:
     wanted = {front for b in spec.blocks if kind(b) == "frontend"}
     wanted |= {"conv" for b in spec.blocks if kind(b) == "conv"}
     wanted |= {"adapter" for fields in spec.blocks.values() if "adapter" in fields}
+    if spec.generator:
+        wanted |= {"generator", "front_wavlm" if spec.family == "wavlm" else "front_plain"}
+        own = (folder / "generator_jaxslim.py").read_text(encoding="utf-8")
+        modeling = modeling.replace("# part: generated\n", own)
     wanted |= {"parakeet"} if prefix == "Parakeet" else set()
     needs = ANY if spec.family == "wavlm" else SHAPES
     mixed = [b for b, fields in spec.blocks.items() if kind(b) in ("attention", "cross") and fields.keys() & needs]

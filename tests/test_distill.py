@@ -168,11 +168,36 @@ def test_saved_and_read(tmp_path):
     assert again.spec.generator == model.spec.generator and again.spec.blocks == model.spec.blocks
     assert again.params.keys() == model.params.keys()
     assert all(np.array_equal(again.params[k], model.params[k]) for k in model.params)
-    with pytest.raises(export.ExportError, match="generator"):
-        export.export(model, tmp_path / "hf", check=False)
+    inside = model.replace(spec=model.spec.with_block("generator.0.ffn", units=5))
+    with pytest.raises(export.ExportError, match="Block generator.0.ffn, inside a generator, is changed"):
+        export.export(inside, tmp_path / "hf", check=False)
     transformers = pytest.importorskip("transformers")
-    with pytest.raises(Exception, match="jaxslim"):
+    with pytest.raises(Exception, match="trust_remote_code=True"):
         transformers.AutoModelForCTC.from_pretrained(tmp_path / "student")
+
+
+@pytest.mark.parametrize("kind, family, options", [
+    ("previous", "wav2vec2", {}), ("concat", "hubert", {"embedding": True}),
+    pytest.param("full", "wavlm", {"initial_layers": 1, "layers": 2}, marks=pytest.mark.slow),
+    pytest.param("axial", "wav2vec2", {"skip": False}, marks=pytest.mark.slow)])
+def test_exported_to_pytorch(kind, family, options, tmp_path):
+    """The folder opens without jaxslim: outputs on a fixed input (export's own check), and every hidden state."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    stable = family != "hubert"
+    teacher = Spec(tiny.config(family, **{**OPTIONS, "do_stable_layer_norm": stable}), family, "ctc")
+    method = Generate(student="previous" if kind == "concat" else kind, target_layers=(1, 2, 3),
+                      inject="concat" if kind == "concat" else "add", **options)
+    model = stop_at(tiny.slim(method.spec(teacher), seed=3), 2)
+    record = export.export(model, tmp_path / "hf")
+    assert record["checked"] and record["trust_remote_code"] and record["relative_difference"] < 1e-4
+    theirs = transformers.AutoModelForCTC.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
+    with torch.no_grad():
+        out = theirs(input_values=torch.from_numpy(WAVES), attention_mask=torch.from_numpy(MASK).long(),
+                     output_hidden_states=True)
+    own = model(output_hidden_states=True, **BATCH)
+    assert len(out.hidden_states) == len(own.hidden_states)
+    for have, want in zip(out.hidden_states, own.hidden_states):
+        tiny.close(have.numpy()[1, :12], want[1, :12])
 
 
 @pytest.mark.parametrize("fields, message", [

@@ -136,7 +136,7 @@ def prepare(data: str | Rows, folder: str, *, skip: str | None = None, shards: i
                 skipped[record["id"]] = str(error)
                 continue
             name = re.sub(r"[^\w.-]+", "_", record["id"]) + ".flac"
-            record |= {"audio": {"bytes": _flac(wave, sampling_rate), "path": name},
+            record |= {"audio": {"bytes": flac(wave, sampling_rate), "path": name},
                        "duration": len(wave) / sampling_rate}
             record.pop("offset", None)  # the piece is cut out
             records.append(record)
@@ -153,7 +153,7 @@ def prepare(data: str | Rows, folder: str, *, skip: str | None = None, shards: i
     return {"data": rows.name, "rows": written, "hours": seconds / 3600, "files": files, "skipped": skipped}
 
 
-def _flac(wave: np.ndarray, rate: int) -> bytes:
+def flac(wave: np.ndarray, rate: int) -> bytes:
     sf = audio.soundfile()
     if sf is None:
         raise ImportError(audio.INSTALL)

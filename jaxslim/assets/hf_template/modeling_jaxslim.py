@@ -30,6 +30,10 @@ def slim(model):
     base, blocks = model.base_model, model.config.jaxslim["blocks"]
     base = getattr(model, "encoder", model)  # part: parakeet
     for block, fields in blocks.items():
+        if block == "generator":                                                                 # part: generator
+            base.encoder = GenerativeEncoder(base.config, base.encoder, fields)                  # part: generator
+            base.register_forward_hook(GenerativeEncoder.show, with_kwargs=True)                 # part: generator
+            continue                                                                             # part: generator
         side, number, *part = block.split(".")
         if part:
             layer, names = base.get_submodule(LAYERS[side].format(number)), PARTS[part[0]]
@@ -391,6 +395,7 @@ def key_mask(mask):
     return mask if mask.dtype == torch.bool else mask == 0 if mask.is_floating_point() else mask == 1
 
 
+# part: generated
 # part: mixers
 # part: conv
 def slim_conv(layer, names, channels):

@@ -343,7 +343,7 @@ def _beam(args):
     return beam.Search(options, arpa.Arpa(args.lm) if args.lm else None)
 
 def _adapter(args) -> None:
-    from jaxslim import adapter_files, adapters, hub
+    from jaxslim import adapter_files, adapter_merge, adapters, hub
 
     least = {"ls": 1, "info": 1, "extract": 2, "merge": 2, "curve": 2}[args.action]
     if not least <= len(args.paths) <= least + (args.action == "merge"):
@@ -370,8 +370,8 @@ def _adapter(args) -> None:
         bare = adapters.base(model)
         model = bare.load_adapter(bundle[0], name or "0", force=args.force)
         name = name or "0"
-    merged = adapters.merge(model, name, check=False)
-    change = adapters.difference(adapters.select(model, name), merged)
+    merged = adapter_merge.merge(model, name, check=False)
+    change = adapter_merge.difference(adapters.select(model, name), merged)
     hub.save(merged, target, source=args.paths[0])
     _print(args, {"path": target, "logit_change": change}, f"{target}: merged; largest change of the logits {change}")
 

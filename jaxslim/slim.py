@@ -131,7 +131,7 @@ class Slim:
     def replace(self, **changes) -> Slim:
         return dataclasses.replace(self, **changes)
 
-    # ---- adapters, in the manner of PEFT; each returns a new model (adapters.py, adapter_files.py) ----
+    # ---- adapters, in the manner of PEFT; each returns a new model (adapters.py, adapter_*.py) ----
 
     def add_adapter(self, name: str, kind: str = "tpa", *, seed: int = 0, **options) -> Slim:
         """With a new adapter that changes nothing yet; `options` are those of methods.adapter.Adapter."""
@@ -171,9 +171,9 @@ class Slim:
 
     def merge(self, name: str | None = None) -> Slim:
         """With one adapter merged into the weights, and no other."""
-        from jaxslim import adapters
+        from jaxslim import adapter_merge
 
-        return adapters.merge(self, name)
+        return adapter_merge.merge(self, name)
 
     @functools.cached_property
     def fingerprint(self) -> str:

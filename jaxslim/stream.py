@@ -31,6 +31,11 @@ def geometry(spec) -> tuple[int, int]:
     return stride, field
 
 
+def samples_per_frame(spec, samples: int, frames: int) -> float:
+    """Of a clip; exact for a convolutional front end, the mean for one on features."""
+    return geometry(spec)[0] if spec.get("conv_kernel") else samples / frames
+
+
 def is_causal(spec) -> bool:
     """Whether `Causal` takes a model of this Spec."""
     try:

@@ -127,8 +127,8 @@ def _row(task, spec, ids: np.ndarray, scores: np.ndarray | None, samples: int, b
     start = time.perf_counter()
     row: dict[str, Any] = {"text": task.transcript(ids), "duration": samples / task.sampling_rate}
     if hasattr(task, "word_delimiter") and len(ids):
-        stride = stream.geometry(spec)[0] if spec.get("conv_kernel") else samples / len(ids)
-        row["words"] = subtitles.words(task, ids, stride / task.sampling_rate)
+        frame = stream.samples_per_frame(spec, samples, len(ids)) / task.sampling_rate
+        row["words"] = subtitles.words(task, ids, frame)
     if beam is not None:
         text = beam(scores, task)
         if text != row["text"]:

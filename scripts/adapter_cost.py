@@ -27,7 +27,7 @@ def measure(args) -> dict:
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxslim import adapters, cost, formulas
+    from jaxslim import adapter_merge, adapters, cost, formulas
     from jaxslim.config import Group, Train
     from jaxslim.methods.adapter import FORM, Adapter
     from jaxslim.slim import Slim, Term, _forward, inputs
@@ -81,7 +81,7 @@ def measure(args) -> dict:
     one = Slim(student.spec, student.params, (("dtype", args.dtype),))
     models = {"base": adapters.base(one), "adapter": one}
     if args.kind == "lora" or args.kind in FORM and FORM[args.kind]["kind"] == "parallel":
-        models["merged"] = adapters.merge(one, check=False).replace(defaults=one.defaults)
+        models["merged"] = adapter_merge.merge(one, check=False).replace(defaults=one.defaults)
     rows = {k: jnp.asarray(v) for k, v in rows.items()}
     times = {name: [] for name in models}
     for _ in range(2 + args.repeats):   # in turn: what disturbs one disturbs all

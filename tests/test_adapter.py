@@ -8,7 +8,7 @@ import pytest
 import tiny
 from test_families import BERT, CONFORMER, HEADS, STABLE, batch
 
-from jaxslim import adapters, config, cost
+from jaxslim import adapter_merge, adapters, config, cost
 from jaxslim.adapters import AdapterError
 from jaxslim.methods import METHODS
 from jaxslim.methods.adapter import Adapter
@@ -168,7 +168,7 @@ def test_other_encoders(family, head):
         changed = noisy(student)
         assert np.abs(out(changed) - out(base)).max() > 1e-3
         assert cost.macs(student.spec, 1.0).total == cost.traced_macs(student.spec, 1.0)
-    fused = adapters.merge(noisy(Adapter(width=4).start(base, None, KEY)), check=False)
+    fused = adapter_merge.merge(noisy(Adapter(width=4).start(base, None, KEY)), check=False)
     tiny.close(out(fused), out(noisy(Adapter(width=4).start(base, None, KEY))), 1e-5)
     if family == "whisper":   # also beside the decoder's blocks
         both = Adapter(blocks=(r"^(en|de)coder\.\d+\.ffn",), width=4).start(base, None, KEY)
@@ -319,7 +319,7 @@ def test_merge_and_unmerge(family):
     fused = one.merge()
     assert not fused.spec.slots and fused.spec.ffn(next(iter(one.spec.blocks))).units == 24 + 6
     tiny.close(logits(fused, x), logits(one, x), 1e-5)
-    again = adapters.unmerge(fused)
+    again = adapter_merge.unmerge(fused)
     assert again.spec == one.spec
     for k, v in one.params.items():
         np.testing.assert_array_equal(again.params[k], v, err_msg=k)
@@ -334,26 +334,26 @@ def test_merge_lora(caplog):
     tiny.close(logits(fused), logits(one), 1e-5)
     half = one.replace(params={k: v.astype(jnp.bfloat16) if not adapters.LEAF.search(k) else v
                                for k, v in one.params.items()})
-    assert adapters.merge(half, check=False).params[
+    assert adapter_merge.merge(half, check=False).params[
         "wav2vec2_conformer.encoder.layers.0.self_attn.linear_q.weight"].dtype == jnp.float32
     with pytest.raises(AdapterError, match="cannot be taken out"):
-        adapters.unmerge(fused)
+        adapter_merge.unmerge(fused)
 
 
 def test_what_cannot_be_merged_says_why():
     for options, words in [(dict(kind="houlsby"), "sequential"), (dict(input="raw"), "before its norm"),
                            (dict(norm=True), "norm of its own"), (dict(base="int8"), "int8")]:
         with pytest.raises(AdapterError, match=words):
-            adapters.merge(Adapter(width=2, **options).start(BASE, None, KEY), check=False)
+            adapter_merge.merge(Adapter(width=2, **options).start(BASE, None, KEY), check=False)
 
 
 def test_an_empty_ffn_takes_an_adapter():
     spec = BASE.spec.with_block("encoder.0.ffn1", units=0)
     base = tiny.slim(spec)
     one = noisy(Adapter(width=6).start(base, None, KEY))
-    fused = adapters.merge(one, check=False)
+    fused = adapter_merge.merge(one, check=False)
     tiny.close(logits(fused), logits(one), 1e-5)
-    again = adapters.unmerge(fused)
+    again = adapter_merge.unmerge(fused)
     assert again.spec == one.spec and again.params.keys() == one.params.keys()
 
 

@@ -6,7 +6,7 @@ import pytest
 import tiny
 from test_adapter import BASE, KEY, STABLE, model, noisy
 
-from jaxslim import adapters, dense, hub
+from jaxslim import adapter_merge, adapters, dense, hub
 from jaxslim.export import example, export
 from jaxslim.methods.adapter import Adapter
 
@@ -44,7 +44,7 @@ def test_torch_code(family, form, tmp_path):
     one = noisy(Adapter(kind=kind, width=4, act="gelu" if form == "merged" else "relu", scale=2.0,
                         input="raw" if form == "raw" else "normed", norm=True if form == "raw" else None)
                 .start(base(family), None, KEY))
-    one = adapters.merge(one, check=False) if form == "merged" else one
+    one = adapter_merge.merge(one, check=False) if form == "merged" else one
     record = export(one, tmp_path / "out")
     assert record["checked"] and record["relative_difference"] < 1e-4 and record["trust_remote_code"]
     again = hub.load(tmp_path / "out")

@@ -8,7 +8,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 from test_adapter import BASE, KEY, X, logits, model, noisy
 
-from jaxslim import adapter_files, adapters, cli, hub
+from jaxslim import adapter_files, adapter_merge, adapters, cli, hub
 from jaxslim.adapter_files import CONFIG, WEIGHTS
 from jaxslim.adapters import AdapterError
 from jaxslim.methods.adapter import Adapter
@@ -186,7 +186,7 @@ def test_the_command(tmp_path, capsys):
     assert "schema" in run("info", tmp_path / "a")[1].out
     code, out = run("merge", tmp_path / "base", tmp_path / "a", tmp_path / "merged", "--json")
     assert code == 0 and float(json.loads(out.out)["logit_change"].split()[0]) < 1e-5
-    assert hub.load(tmp_path / "merged").spec.blocks == adapters.merge(TPA, check=False).spec.blocks
+    assert hub.load(tmp_path / "merged").spec.blocks == adapter_merge.merge(TPA, check=False).spec.blocks
     assert run("merge", tmp_path / "base")[0] == 2 == run("curve", tmp_path / "base")[0]
     assert "MODEL DST" in run("extract", tmp_path / "base")[1].err
     assert run("info", tmp_path)[0] == 2

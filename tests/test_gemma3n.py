@@ -5,7 +5,7 @@ import pytest
 import tiny
 from test_adapter import KEY, noisy
 
-from jaxslim import adapters, cost, hub
+from jaxslim import adapter_merge, adapters, cost, hub
 from jaxslim.export import example
 from jaxslim.methods.adapter import Adapter
 from jaxslim.models import bind
@@ -90,7 +90,7 @@ def test_tpa_on_it():
         changed = np.asarray(one(**batch()).last_hidden_state)
         assert np.abs(changed - base).max() > 1e-2
         np.testing.assert_array_equal(one.disable_adapter()(**batch()).last_hidden_state, base)
-        tiny.close(adapters.merge(one)(**batch()).last_hidden_state, changed, 1e-5)
+        tiny.close(adapter_merge.merge(one)(**batch()).last_hidden_state, changed, 1e-5)
     assert not any(k.endswith(".bias") for k in one.params)                     # linears here have none
     grads = jax.grad(lambda p: (one.replace(params={**one.params, **p})(**batch()).last_hidden_state ** 2).mean())(
         {k: v for k, v in one.params.items() if adapters.LEAF.search(k)})

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxslim import adapters
+from jaxslim import adapter_merge, adapters
 from jaxslim.methods.finetune import Finetune, stored_statistic, task
 from jaxslim.methods.quantize import quantize
 from jaxslim.models import bind, gates, roles
@@ -226,7 +226,7 @@ class Adapter(Method):
         params = {k: np.asarray(v, np.float32) if v.dtype == jnp.bfloat16 else v
                   for k, v in super().finish(student, batches).params.items()}
         student = student.replace(params=params)
-        return adapters.merge(student) if self.merge and student.spec.slots else student
+        return adapter_merge.merge(student) if self.merge and student.spec.slots else student
 
 
 def post_norm(spec) -> bool:

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxslim import adapters
+from jaxslim import adapter_merge
 from jaxslim.config import ConfigError
 from jaxslim.methods import allocate, factor
 from jaxslim.methods.calibrate import Calibration, calibrate, place, require
@@ -194,7 +194,7 @@ class LowRank(Method):
         student = super().finish(student, batches)
         if not any(".lora_" in name for name in student.params):
             return student
-        merged = adapters.merge(student, check=False)
+        merged = adapter_merge.merge(student, check=False)
         if batches is not None:
             batch = next(iter(batches()))
             log.info("LoRA merged: outputs moved by at most %.1e in float32, %.1e after a cast to bfloat16.",

@@ -51,16 +51,16 @@ def test_features_are_the_teachers(world):
     stream.close()
 
 
+@pytest.mark.slow
 def test_losses_equal_online(world, tmp_path):
     teacher, task, rows, folder = world
-    found = []
+    method, found = dataclasses.replace(METHOD, target_layers=(1,), distance="mse", forcing="free"), []   # smooth
     for name, guide in (("online", teacher), ("cached", None)):
         data = batches(rows, task)
-        data = data if guide else cached.attach(folder, METHOD, teacher, data, CFG)
-        loop.run(METHOD, METHOD.start(teacher, None, jax.random.key(0)), guide, CFG, data, tmp_path / name)
-        rows_ = L.read(str(tmp_path / name))
-        found.append([[row[k] for k in ("loss", "loss/layer.0", "loss/layer.1")] for row in rows_])
-    assert len(found[0]) == 3 and found[0][0] != found[0][1]
+        data = data if guide else cached.attach(folder, method, teacher, data, CFG)
+        loop.run(method, method.start(teacher, None, jax.random.key(0)), guide, CFG, data, tmp_path / name)
+        found.append([row["loss/layer.1"] for row in L.read(str(tmp_path / name))])
+    assert len(found[0]) == 3 and abs(found[0][0] / found[0][2] - 1) > 0.01
     np.testing.assert_allclose(found[1], found[0], rtol=2e-3)
 
 

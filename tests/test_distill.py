@@ -177,7 +177,8 @@ def test_saved_and_read(tmp_path):
 
 
 @pytest.mark.parametrize("kind, family, options", [
-    ("previous", "wav2vec2", {}), ("concat", "hubert", {"embedding": True}),
+    ("previous", "wav2vec2", {}),
+    pytest.param("concat", "hubert", {"embedding": True}, marks=pytest.mark.slow),
     pytest.param("full", "wavlm", {"initial_layers": 1, "layers": 2}, marks=pytest.mark.slow),
     pytest.param("axial", "wav2vec2", {"skip": False}, marks=pytest.mark.slow)])
 def test_exported_to_pytorch(kind, family, options, tmp_path):

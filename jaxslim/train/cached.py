@@ -37,6 +37,9 @@ class CachedBatches:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.batches, name)
 
+    def __len__(self) -> int:
+        return len(self.batches)
+
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         iter(self.batches)
         return self

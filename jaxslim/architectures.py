@@ -27,23 +27,28 @@ TEXT = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert"}
 ARCHITECTURES |= {name + end: (family, head) for family, name in TEXT.items() for end, head in
                   {"Model": "none", "ForSequenceClassification": "classification", "ForMaskedLM": "none"}.items()}
 ARCHITECTURES["BertForPreTraining"] = ("bert", "none")
+ARCHITECTURES |= {"GPTNeoXForCausalLM": ("gpt_neox", "causal"), "GPTNeoXModel": ("gpt_neox", "none")}
 # Head -> (an output matrix that is stored once, under the second name, when the config ties it).
-TIED = {"seq2seq": ("proj_out.weight", "model.decoder.embed_tokens.weight")}
+TIED = {"seq2seq": ("proj_out.weight", "model.decoder.embed_tokens.weight"),
+        "causal": ("lm_head.weight", "gpt_neox.embed_in.weight")}
 # Weights that a checkpoint may have and a bare encoder does not use: the heads of pre-training.
 QUANTIZER = r"(quantizer|project_hid|project_q)\."
 LEFTOVERS = {"wav2vec2": QUANTIZER, "hubert": r"(final_proj|label_embs_concat)\b", "wavlm": QUANTIZER,
              "wav2vec2-conformer": QUANTIZER, "wav2vec2-bert": r"$^", "parakeet_encoder": r"$^",
              "gemma3n_audio": r"(model|lm_head)\.",   # the text and vision of a whole Gemma 3n
              "whisper": r"proj_out\.", "bert": r"cls\.", "roberta": r"lm_head\.",
-             "distilbert": r"vocab_(transform|layer_norm|projector)\."}
+             "distilbert": r"vocab_(transform|layer_norm|projector)\.", "gpt_neox": r"lm_head\."}
 # Weights that checkpoints of fine-tuned models lack (transformers draws them at random): only SpecAugment reads them.
-# Old text checkpoints hold their position numbers too, and a pooler that RoBERTa's classifier does not read.
-OPTIONAL = r"(.*\.)?(masked_spec_embed|embeddings\.position_ids)|roberta\.pooler\..*"
+# Old text checkpoints hold their position numbers too, a pooler that RoBERTa's classifier does not read, and GPT-NeoX's
+# causal masks and rotary frequencies.
+OPTIONAL = (r"(.*\.)?(masked_spec_embed|embeddings\.position_ids)|roberta\.pooler\..*"
+            r"|(gpt_neox\.)?layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
 ALIASES = ((r"\.weight_g$", ".parametrizations.weight.original0"),  # weight norm before torch 2
            (r"\.weight_v$", ".parametrizations.weight.original1"),
            (r"(layer_norm|LayerNorm)\.gamma$", r"\1.weight"), (r"(layer_norm|LayerNorm)\.beta$", r"\1.bias"))
 OLD_NAMES = {"whisper": ((r"^lm_head\.", "proj_out."),),  # what its Flax class called the output matrix
-             "gemma3n_audio": ((r"^(model\.)?audio_tower\.", ""),)}
+             "gemma3n_audio": ((r"^(model\.)?audio_tower\.", ""),),
+             "gpt_neox": ((r"^embed_out\.", "lm_head."),)}
 
 
 def family_of(config: Mapping[str, Any], where: str) -> tuple[str, str | None]:

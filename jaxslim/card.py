@@ -8,7 +8,8 @@ from jaxslim import hub
 from jaxslim._version import __version__
 from jaxslim.spec import Spec
 
-TASKS = {"ctc": "automatic-speech-recognition", "seq2seq": "automatic-speech-recognition"}
+TASKS = {"ctc": "automatic-speech-recognition", "seq2seq": "automatic-speech-recognition",
+         "causal": "text-generation"}
 
 
 def card(summary: dict[str, Any], recipe: str, spec: Spec, train: str, test: str | None) -> str:

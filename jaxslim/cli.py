@@ -270,6 +270,17 @@ def _suite(args) -> int:
     return 0
 
 
+def _generate(args) -> None:
+    from jaxslim import causal, hub
+    from jaxslim.data import task_of
+
+    model = hub.load(args.model)
+    rows = causal.texts(model, task_of(model.spec, hub.folder(args.model)), args.prompts,
+                        max_new_tokens=args.max_new_tokens, do_sample=args.temperature > 0,
+                        temperature=args.temperature or 1.0, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+    _print(args, rows, "\n".join(row["prompt"] + row["text"] for row in rows))
+
+
 def _compare(args) -> None:
     from jaxslim import versus
 
@@ -491,7 +502,16 @@ def parser() -> argparse.ArgumentParser:
                    "prunes, e.g. macs=0.6 (share) or params=5e6; again for more")
     p.add_argument("--sensitivity", action="store_true", help="measure instead what each head, unit and layer of the "
                    "teacher matters")
-    p = command("eval", _eval, "word error rate of a speech model on DATA, accuracy of a text classifier")
+    p = command("generate", _generate, "go on with a text by a language model")
+    p.add_argument("model")
+    p.add_argument("prompts", nargs="+", metavar="TEXT", help="where to go on; an empty one starts a new text")
+    p.add_argument("--max-new-tokens", type=int, default=100, help="at most so many (default 100)")
+    p.add_argument("--temperature", type=float, default=0.0, help="0: the most probable token (default); else drawn")
+    p.add_argument("--top-k", type=int, default=50, help="draw from so many most probable tokens, 0 = all (default 50)")
+    p.add_argument("--top-p", type=float, default=1.0, help="and from those that have this probability (default 1)")
+    p.add_argument("--seed", type=int, default=0)
+    p = command("eval", _eval, "word error rate of a speech model on DATA, accuracy of a text classifier, bits per "
+                "character of a language model")
     p.add_argument("model")
     p.add_argument("--data")
     p.add_argument("--suite", choices=("micro-superb",), help="instead of --data: tasks on the model's frozen hidden "

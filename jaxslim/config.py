@@ -6,7 +6,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from etils import epath
@@ -83,7 +83,8 @@ class Train:
     eval_steps: int = 0                        # validation WER every so often; 0 = never
     min_seconds: float = 0.1
     max_seconds: float = 30.0
-    buckets: tuple[float, ...] = ()            # in seconds (texts: tokens), one compiled step each; () = by data
+    buckets: tuple[float, ...] = ()            # in seconds (texts: tokens), one compiled step each; () = by data.
+    #                                            Language models: one, the tokens of a row
     speed_perturb: tuple[float, ...] = ()      # e.g. [0.9, 1.0, 1.1]
     teacher_cache: str = ""                    # folder: the teacher's features, computed once, read instead of it
     profile_steps: int = 0                     # so many steps are traced into <run>/profile (xplane)
@@ -137,7 +138,9 @@ class Run(Train):
     """`jaxslim train CONFIG`: a model, its data, where to write, the keys of Train, and the options of the method."""
 
     model: str | dict[str, Any] = ""           # a name; or keys of a config.json: a new model with random weights
-    vocabulary: Literal["model", "data"] = "model"   # data: a new head for the characters of the training texts
+    # data: a new head for the characters of the training texts. Of a new language model: model or data: their
+    # characters; bytes; or the name or folder of a model with a tokenizer.json
+    vocabulary: str = "model"
     data: Data = Data()
     output_dir: str = ""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)   # of methods.finetune.Finetune

@@ -2,7 +2,7 @@
 
 Models with a CTC head decode greedily: the argmax runs on the device, collapsing and scoring on the host; one
 executable per bucket shape, kept between calls. Whisper decodes as `generate` does, with the options of its
-generation_config.json. Text classifiers are scored by classify.py.
+generation_config.json. Text classifiers are scored by classify.py, language models by perplexity.py.
 
 Padding. Models whose processor says `return_attention_mask: true` get the mask, and padding changes nothing. Models
 without (group-norm base models) were trained on bare audio: each clip runs alone at its exact length, as the pipeline
@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from jaxslim.data import Batches, DataError, Rows, TextTask, load_rows, suggest_buckets, task_of
+from jaxslim.data import Batches, CausalTask, DataError, Rows, TextTask, load_rows, suggest_buckets, task_of
 from jaxslim.decode import Greedy, decoder, long_enough, single
 from jaxslim.score import Result, bootstrap, paired_bootstrap, score
 from jaxslim.slim import Slim
@@ -139,7 +139,8 @@ def evaluate(model: Slim | str, data: str | Rows, *, task: Any = None, source: s
              dtype: Any = None, limit: int | None = None, normalize: str = "none", max_skipped: float = 0.05,
              predictions: str | os.PathLike | None = None, mesh: Any = None,
              language: str | None = None, beam: Any = None, progress: bool = True) -> Result:  # fmt: skip
-    """WER of a speech model on DATA, by greedy CTC decoding or with its decoder; accuracy of a text classifier.
+    """WER of a speech model on DATA, by greedy CTC decoding or with its decoder; accuracy of a text classifier; bits
+    per character of a language model.
 
     Args:
       model: a Slim, or whatever hub.load reads.
@@ -157,15 +158,20 @@ def evaluate(model: Slim | str, data: str | Rows, *, task: Any = None, source: s
       language: of a Whisper or MMS model; None: Whisper finds out itself, MMS speaks the one that is stored.
       beam: of CTC models, a `beam.Search` instead of greedy decoding.
     Returns:
-      of a text classifier what `classify` returns; else
+      of a text classifier what `classify` returns, of a language model what `perplexity.bits` returns; else
       the keys of `score`, and audio_seconds, seconds (forward and decoding; compiling and reading audio not
       included), rtfx = audio_seconds / seconds, compile_seconds, frames, padding, skipped (how many rows), fingerprint.
     """
-    model, rows, task = resolve(model, data, task, source, limit, language, ("ctc", "seq2seq", "classification"))
+    model, rows, task = resolve(model, data, task, source, limit, language,
+                                ("ctc", "seq2seq", "classification", "causal"))
     if isinstance(task, TextTask):
         from jaxslim.classify import classify
 
         return classify(model, rows, task, batch_size, dtype, max_skipped, predictions, mesh)
+    if isinstance(task, CausalTask):
+        from jaxslim.perplexity import bits
+
+        return bits(model, rows, task, batch_size, dtype, max_skipped, predictions, mesh)
     forward = decoder(model, task, mesh, dtype, scores=beam is not None)
     batches, padding = batches_of(rows, task, forward, batch_size, batch_seconds, buckets, max_skipped)
     texts, ids, found, spent = rows.column("text"), rows.column("id"), {}, 0.0
@@ -244,6 +250,10 @@ def render(result: Result) -> str:
         from jaxslim import classify
 
         return classify.render(result)
+    if "bits_per_character" in result:
+        from jaxslim import perplexity
+
+        return perplexity.render(result)
     if result["wer"] is None:
         rates = f"No reference words: {result['insertions']} words were heard where there are none."
     else:

@@ -12,7 +12,7 @@ from jaxslim.models.roles import FAMILIES, blocks
 from jaxslim.spec import Spec, kind
 
 SAMPLING_RATE = 16000  # of every model of this release
-TEXT, TOKEN_RATE = ("bert", "roberta", "distilbert"), 4  # text has no seconds; read aloud it has about 4 tokens in one
+TEXT, TOKEN_RATE = ("bert", "roberta", "distilbert", "gpt_neox"), 4  # text has no seconds: about 4 tokens when read
 FEATURES = {"wav2vec2-bert": "feature_projection_input_dim", "parakeet_ctc": "num_mel_bins",
             "parakeet_encoder": "num_mel_bins"}  # families that read features, and the config key of their number
 LATE = {"intermediate": "use_intermediate_ffn_before_adapter", "adapter": "add_adapter"}  # behind the layers -> switch
@@ -65,6 +65,8 @@ def _feature_frames(spec: Spec, samples: int) -> int:
 def lengths(spec: Spec, seconds: float) -> list[int]:
     """Frames after each front-end convolution. Raises ValueError when none is left."""
     if spec.family in TEXT:
+        if spec.family == "gpt_neox":
+            return [_tokens(seconds)]                                    # rotary positions have no last one
         used = spec["pad_token_id"] + 1 if spec.family == "roberta" else 0  # RoBERTa's positions start behind padding
         return [min(_tokens(seconds), spec["max_position_embeddings"] - used)]  # longer texts are cut
     if spec.family == "gemma3n_audio":
@@ -309,6 +311,17 @@ def _bert(spec: Spec, lengths: list[int]) -> Iterator[tuple[str, int]]:
         yield "head", width * (heads.labels(spec) + (0 if spec.family == "bert" else width))
 
 
+def _gpt_neox(spec: Spec, lengths: list[int]) -> Iterator[tuple[str, int]]:
+    """(block, MACs) of a GPT-NeoX model for one text; without a cache, later keys computed and masked."""
+    T, width = lengths[-1], spec["hidden_size"]
+    yield "embedding", 0
+    for i in range(spec["num_hidden_layers"]):
+        yield f"encoder.{i}.attention", _attention(spec, f"encoder.{i}.attention", T)
+        yield f"encoder.{i}.ffn", _ffn(spec, f"encoder.{i}.ffn", T)
+    if spec.head != "none":
+        yield "head", T * width * spec["vocab_size"]
+
+
 def _whisper(spec: Spec, lengths: list[int]) -> Iterator[tuple[str, int]]:
     """(block, MACs) of encoder and decoder over all windows of one clip; the decoder in one pass, without a cache."""
     frames, S, T, windows = lengths
@@ -331,7 +344,7 @@ def _whisper(spec: Spec, lengths: list[int]) -> Iterator[tuple[str, int]]:
         yield "head", windows * T * width * spec["vocab_size"]
 
 
-FORMULAS = {"whisper": _whisper, "gemma3n_audio": _gemma3n,
+FORMULAS = {"whisper": _whisper, "gemma3n_audio": _gemma3n, "gpt_neox": _gpt_neox,
             "wav2vec2": _wav2vec2, "hubert": _wav2vec2, "wavlm": _wav2vec2,
             **dict.fromkeys(("wav2vec2-conformer", "wav2vec2-bert", "parakeet_ctc", "parakeet_encoder"), _conformer),
             **dict.fromkeys(("bert", "roberta", "distilbert"), _bert)}

@@ -63,7 +63,8 @@ def load(name: str | os.PathLike, *, revision: str | None = None, dtype: Any = N
     if language is not None:
         weights = languages.switch(weights, config, path, language)
     if head is None:
-        head = "ctc" if family not in TEXT and any(k.startswith("lm_head.") for k in weights) else "none"
+        lm = any(k.startswith("lm_head.") for k in weights)
+        head = "causal" if family == "gpt_neox" and lm else "ctc" if family not in TEXT and lm else "none"
     if family in TEXT and head == "none" and not any("pooler." in k for k in weights):
         config["add_pooling_layer"] = False  # what transformers calls the switch; its configs do not record it
     for key in ("dtype", "torch_dtype"):  # how a file stores weights says nothing about the model

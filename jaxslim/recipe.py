@@ -18,9 +18,19 @@ from typing import Any
 import jax
 from etils import epath
 
-from jaxslim import config, cost, hub, scratch, versus
+from jaxslim import config, cost, hub, perplexity, scratch, versus
 from jaxslim.config import ConfigError, Recipe, Stage, Train
-from jaxslim.data import Batches, Seq2SeqTask, TextBatches, TextTask, load_rows, streaming, task_of
+from jaxslim.data import (
+    Batches,
+    CausalTask,
+    Seq2SeqTask,
+    TextBatches,
+    TextTask,
+    TokenBatches,
+    load_rows,
+    streaming,
+    task_of,
+)
 from jaxslim.data.audio import speed_perturb
 from jaxslim.data.streaming import StreamBatches
 from jaxslim.evaluate import evaluate, frame_agreement
@@ -146,7 +156,7 @@ class _Work:
     def validate(self, model: Slim) -> dict[str, float]:
         check = validation(self.recipe.data.validation, self.task)
         scores = check(model) if check else {}
-        return {k: scores[k] for k in ("wer", "cer", "accuracy") if k in scores}
+        return {k: scores[k] for k in ("wer", "cer", "accuracy", "bits_per_character") if k in scores}
 
     def summary(self, path: str, student: Slim, stages: list[dict], control: Slim | None, info) -> dict[str, Any]:
         """Scores, sizes and speed of teacher, control and student; what an earlier run measured is kept."""
@@ -172,8 +182,9 @@ class _Work:
                      "gmacs": cost.macs(model.spec).total / 1e9}
             if self.recipe.data.test:
                 log.info("Evaluating the %s on %s.", role, self.recipe.data.test)
+                kind = "bits" if model.spec.head == "causal" else "predictions"
                 scores = evaluate(model, self.recipe.data.test, task=self.task,
-                                  predictions=self.folder / f"predictions-{role}.jsonl")
+                                  predictions=self.folder / f"{kind}-{role}.jsonl")
                 entry |= {k: v for k, v in scores.items() if isinstance(v, int | float | str)}
                 if model is not self.teacher and model.spec.head == "ctc":
                     entry["frame_agreement"] = frame_agreement(model, self.teacher, self.recipe.data.test,
@@ -183,6 +194,8 @@ class _Work:
         if control is not None and "wer" in result["student"]:
             said = (versus.read(self.folder, role) for role in ("student", "control"))
             result["student_minus_control"] = versus.paired(*said)
+        if control is not None and "bits_per_character" in result["student"]:
+            result["bits_student_minus_control"] = perplexity.paired(self.folder, "student", "control")
         if self.recipe.bench_seconds:
             before = old.get("speed_of") == [student.fingerprint, list(self.recipe.bench_seconds)]
             rows = before and (self.folder / "speed.json").exists() and json.loads(
@@ -288,6 +301,11 @@ def training_batches(data: str, task, cfg: Train, mesh, labelled: bool = True) -
     if isinstance(task, TextTask):
         batches = TextBatches(load_rows(data), task, batch_size=loop.batch_size(cfg, mesh), **common,
                               buckets=[round(b) for b in cfg.buckets] or None)
+    elif isinstance(task, CausalTask):
+        if len(cfg.buckets) > 1:
+            raise ConfigError(f"train.buckets {list(cfg.buckets)}: a language model has rows of one length; give one.")
+        batches = TokenBatches(load_rows(data), task, batch_size=loop.batch_size(cfg, mesh), **common,
+                               length=round(cfg.buckets[0]) if cfg.buckets else None)
     else:
         size = {"batch_size": loop.batch_size(cfg, mesh)}
         if cfg.per_device_batch_seconds:
@@ -338,7 +356,10 @@ def train(path: str, overrides: Sequence[str] = ()) -> Slim:
 def source(cfg: config.Run, folder) -> str:
     """Name of the model that `cfg` starts from; one that does not exist yet is made in `folder`."""
     if not isinstance(cfg.model, str):
-        return scratch.create(cfg.model, folder, cfg.data.train, cfg.seed)
+        return scratch.create(cfg.model, folder, cfg.data.train, cfg.seed, cfg.vocabulary)
+    if cfg.vocabulary not in ("model", "data"):
+        raise ConfigError(f"vocabulary {cfg.vocabulary!r}: model, or data for a new head; others are for new language "
+                          "models (model: {model_type: gpt_neox, ...}).")
     if cfg.vocabulary == "data":
         return scratch.with_vocabulary(cfg.model, folder, cfg.data.train, cfg.seed)
     return cfg.model

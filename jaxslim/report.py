@@ -148,6 +148,7 @@ METRICS = (  # key, label, format, smaller is better
     ("wer", "Word error rate", _percent, True),
     ("cer", "Character error rate", _percent, True),
     ("accuracy", "Accuracy", _percent, False),
+    ("bits_per_character", "Bits per character", "{:.3f}".format, True),
     ("frame_agreement", "Frames with the teacher's argmax", _percent, False),
     ("retention", "Retention", _percent, False),
     ("n", "Test clips", "{:,.0f}".format, None),
@@ -207,6 +208,7 @@ def _tiles(summary: dict) -> list[dict]:
         return tiles
     wanted = {
         "wer": "Word error rate",
+        "bits_per_character": "Bits per character",
         "params": "Parameters",
         "seconds_per_second": "Time per second of audio",
         "peak_bytes": "Peak memory",

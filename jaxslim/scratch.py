@@ -15,6 +15,8 @@ from etils import epath
 
 from jaxslim import hub
 from jaxslim.config import ConfigError
+from jaxslim.data import load_rows
+from jaxslim.data.language import write_tokenizer
 from jaxslim.data.tools import vocabulary
 from jaxslim.models import bind
 from jaxslim.slim import Slim
@@ -23,9 +25,10 @@ from jaxslim.spec import Spec, nearest
 MELS = ("wav2vec2-bert",)       # families that read log-mel features
 
 
-def create(config: Mapping[str, Any], folder, data: str, seed: int) -> str:
-    """A CTC model of `config` (keys of config.json; `model_type` says which family) with random weights, and a
-    character vocabulary of the texts in `data`. Returns the folder; one that is there already stays as it is.
+def create(config: Mapping[str, Any], folder, data: str, seed: int, vocabulary_of: str = "model") -> str:
+    """A CTC or language model of `config` (keys of config.json; `model_type` says which family) with random weights,
+    and a character vocabulary of the texts in `data`; of a language model also "bytes", or the tokenizer.json of the
+    model named by `vocabulary_of`. Returns the folder; one that is there already stays as it is.
 
     Raises:
       ConfigError: no or an unknown model_type, or a key that its config does not have.
@@ -34,7 +37,12 @@ def create(config: Mapping[str, Any], folder, data: str, seed: int) -> str:
     if (folder / "config.json").exists():
         return str(folder)
     spec = _spec(config, 1)  # what is wrong with the config is said before anything is written
-    if jax.process_index() == 0:
+    if spec.head != "causal" and vocabulary_of not in ("model", "data"):
+        raise ConfigError(f"vocabulary {vocabulary_of!r}: a new CTC model takes the characters of its texts (data).")
+    if jax.process_index() == 0 and spec.head == "causal":
+        spec = _spec(config, _tokens(vocabulary_of, folder, data))
+        _write(Slim(spec, initial(spec, seed)), folder)
+    elif jax.process_index() == 0:
         if not (folder / "vocab.json").exists():
             vocabulary(data, folder)
         spec = _spec(config, len(_vocabulary(folder)))
@@ -102,7 +110,7 @@ def _spec(config: Mapping[str, Any], tokens: int) -> Spec:
     from transformers import CONFIG_MAPPING
 
     family = config.get("model_type")
-    known = [f for f, module in bind.FAMILIES.items() if module in ("wav2vec2", "conformer", "w2v_bert")]
+    known = [f for f, module in bind.FAMILIES.items() if module in ("wav2vec2", "conformer", "w2v_bert", "gpt_neox")]
     if family not in known:
         raise ConfigError(f"model: model_type {family!r} cannot be trained from scratch.{nearest(str(family), known)} "
                           f"Known are {', '.join(known)}.")
@@ -111,7 +119,26 @@ def _spec(config: Mapping[str, Any], tokens: int) -> Spec:
         if key not in defaults:
             raise ConfigError(f"model: {family} has no key {key!r} in its config.{nearest(key, defaults)}")
     full = CONFIG_MAPPING[family](**{k: v for k, v in config.items() if k != "model_type"}).to_dict()
+    if family == "gpt_neox":
+        return Spec(full | {"vocab_size": tokens, "bos_token_id": 0, "eos_token_id": 0}, family, "causal")
     return Spec(full | {"vocab_size": tokens, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}, family, "ctc")
+
+
+def _tokens(name: str, folder, data: str) -> int:
+    """Puts a language model's tokenizer into its folder; returns how many tokens it has."""
+    if name in ("model", "data", "bytes"):
+        folder.mkdir(parents=True, exist_ok=True)
+        texts = [] if name == "bytes" else [t for t in load_rows(data).column("text") if t]
+        return write_tokenizer(folder, "bytes" if name == "bytes" else "data", texts)
+    source = hub.folder(name)
+    if not (source / "tokenizer.json").is_file():
+        raise ConfigError(f"vocabulary {name}: it has no tokenizer.json; give bytes, data, or a model that has one.")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        if (source / file).is_file():
+            (folder / file).write_text((source / file).read_text())
+    table = json.loads((source / "tokenizer.json").read_text())
+    return 1 + max([*table["model"]["vocab"].values(), *(t["id"] for t in table.get("added_tokens", ()))])
 
 
 def _processor(spec: Spec) -> dict[str, Any]:

@@ -12,6 +12,11 @@ def whisper(width: int, heads: int, encoder: int, decoder: int, mels: int = 80, 
                 vocab_size=vocabulary)
 
 
+def neox(width: int, layers: int, heads: int) -> dict:
+    return dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width,
+                vocab_size=50304)
+
+
 SHAPES = {  # name: (family, head, changes)
     "wav2vec2-base": ("wav2vec2", "ctc", {}),
     "wav2vec2-large-lv60": ("wav2vec2", "ctc", LARGE),
@@ -34,4 +39,7 @@ SHAPES = {  # name: (family, head, changes)
     "bert-base": ("bert", "classification", {}),
     "roberta-base": ("roberta", "classification", dict(vocab_size=50265, max_position_embeddings=514,
                                                        type_vocab_size=1, layer_norm_eps=1e-5)),
+    "pythia-70m": ("gpt_neox", "causal", neox(512, 6, 8)),
+    "pythia-160m": ("gpt_neox", "causal", neox(768, 12, 12)),
+    "pythia-1b": ("gpt_neox", "causal", neox(2048, 16, 8)),
 }

@@ -74,6 +74,12 @@ SWITCHES = {  # family: (heads, switch -> its values)
     "distilbert": (("none", "classification"), dict(
         vocab_size=(40, 60), dim=(32, 48), n_layers=(1, 2), n_heads=(2, 4), hidden_dim=(24, 40), num_labels=(2, 3),
         max_position_embeddings=(40, 64), activation=("gelu", "relu"), sinusoidal_pos_embds=FLAG)),
+    "gpt_neox": (("causal", "none"), dict(
+        vocab_size=(40, 60), hidden_size=(32, 48), num_hidden_layers=(1, 2, 3), num_attention_heads=(2, 4),
+        intermediate_size=(24, 40), hidden_act=("gelu", "relu"), use_parallel_residual=FLAG, attention_bias=FLAG,
+        tie_word_embeddings=FLAG, rope_parameters=tuple(
+            dict(rope_type="default", rope_theta=base, partial_rotary_factor=share)
+            for base in (100.0, 10000.0) for share in (0.25, 0.5, 1.0)))),
 }
 PARAKEET = dict(hidden_size=(32, 48), num_hidden_layers=(1, 2, 3), num_attention_heads=(2, 4),
                 intermediate_size=(24, 40), hidden_act=("silu", "relu"), attention_bias=FLAG, convolution_bias=FLAG,

@@ -136,9 +136,9 @@ def load_rows(data: str | os.PathLike | Rows, *, text_column: str | None = None,
     Args:
       data: `bundled:prompts-en/train` (package data; without a split: train), a Parquet file, a folder with
         metadata.csv or metadata.jsonl (or Parquet files), WebDataset tar files (`part-{000..015}.tar`), a JSONL, TSV or
-        CSV manifest (NeMo and Common Voice columns are known), or a Hugging Face data set as `hf:NAME[:CONFIG][/SPLIT]`
-        or by its plain name. Several are joined with `+`; `3*DATA` takes its rows three times an epoch. Relative audio
-        paths are relative to the manifest.
+        CSV manifest (NeMo and Common Voice columns are known), a .txt file of one text a line, or a Hugging Face data
+        set as `hf:NAME[:CONFIG][/SPLIT]` or by its plain name. Several are joined with `+`; `3*DATA` takes its rows
+        three times an epoch. Relative audio paths are relative to the manifest.
       text_column, audio_column: names to use where the usual ones (see ALIASES) do not fit.
       limit: keep the first `limit` rows only.
     Raises:

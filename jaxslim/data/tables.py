@@ -44,8 +44,10 @@ def read(source: str) -> tuple[list[dict], Any]:
             return _parquet(path), path.parent
         if kind in MANIFESTS:
             return _manifest(path), path.parent
-        raise DataError(f"{source} is not a data table; expected .parquet, {', '.join(MANIFESTS)} or a folder.")
-    if kind in (".parquet", *MANIFESTS) or source.startswith((".", "/", "~")) or "://" in source:
+        if kind == ".txt":
+            return [{"text": line} for line in _text(path).splitlines() if line.strip()], None
+        raise DataError(f"{source} is not a data table; expected .parquet, {', '.join(MANIFESTS)}, .txt or a folder.")
+    if kind in (".parquet", ".txt", *MANIFESTS) or source.startswith((".", "/", "~")) or "://" in source:
         raise DataError(f"{source} does not exist.")
     return _hugging_face(source), None
 
@@ -103,11 +105,15 @@ def _arrow(table) -> list[dict]:
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
-def _manifest(path) -> list[dict]:
+def _text(path) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig") if isinstance(path, pathlib.Path) else path.read_text()
+        return path.read_text(encoding="utf-8-sig") if isinstance(path, pathlib.Path) else path.read_text()
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it.") from error
+
+
+def _manifest(path) -> list[dict]:
+    text = _text(path)
     if path.suffix.lower() in (".csv", ".tsv"):
         tab = path.suffix.lower() == ".tsv"
         options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tab else {}

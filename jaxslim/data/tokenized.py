@@ -174,6 +174,10 @@ def task_of(spec: Spec, folder: str | os.PathLike, language: str | None = None) 
     """
     if spec.head == "classification" and spec.family in ("bert", "roberta", "distilbert"):
         return TextTask.from_pretrained(folder)
+    if spec.head == "causal":
+        from jaxslim.data.language import CausalTask
+
+        return CausalTask.from_pretrained(folder, spec)
     if spec.head == "seq2seq":
         task = Seq2SeqTask.from_pretrained(folder, spec.family, language)
     elif spec.head == "ctc" and spec.family.startswith("parakeet"):
@@ -182,7 +186,7 @@ def task_of(spec: Spec, folder: str | os.PathLike, language: str | None = None) 
         task = CTCTask.from_pretrained(folder, spec.family, spec.get("target_lang"), spec["vocab_size"])
     else:
         raise DataError(f"This {spec.family} model has the head {spec.head!r}; decoding needs 'ctc' or 'seq2seq', "
-                        "or 'classification' of a text encoder.")
+                        "'causal', or 'classification' of a text encoder.")
     want = spec.get("feature_projection_input_dim") or spec.get("num_mel_bins") or 1
     if spec.family in KINDS and task.extractor.size != want:
         raise DataError(f"{folder}: its feature extractor makes {task.extractor.size} features a frame, the model "

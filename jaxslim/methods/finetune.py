@@ -32,10 +32,10 @@ def task(student: Slim, out, batch) -> dict[str, Term]:
     """The loss that goes with the model's head."""
     if student.spec.head == "ctc":
         return ctc(student, out, batch)
-    if student.spec.head in ("classification", "frames", "seq2seq"):
+    if student.spec.head in ("classification", "frames", "seq2seq", "causal"):
         return {"ce": losses.cross_entropy(out.logits, batch["labels"])}
     raise SpecError(f"A model with head {student.spec.head!r} has no task loss here; it has one for ctc, "
-                    "classification, frames, seq2seq.")
+                    "classification, frames, seq2seq, causal.")
 
 
 def ctc(student: Slim, out, batch) -> dict[str, Term]:

@@ -20,7 +20,7 @@ from jaxslim.spec import Spec, SpecError, nearest
 FAMILIES = {"wav2vec2": "wav2vec2", "hubert": "wav2vec2", "wavlm": "wav2vec2", "wav2vec2-conformer": "conformer",
             "wav2vec2-bert": "w2v_bert", "parakeet_ctc": "parakeet", "parakeet_encoder": "parakeet"}
 FAMILIES |= {"whisper": "whisper", "gemma3n_audio": "gemma3n"}
-FAMILIES |= dict.fromkeys(("bert", "roberta", "distilbert"), "bert")
+FAMILIES |= dict.fromkeys(("bert", "roberta", "distilbert"), "bert") | {"gpt_neox": "gpt_neox"}
 AUXILIARY = ("aux.", "teacher/")                           # training-only names; not part of the model
 OPEN = ".open"                                             # of a gated norm: made by gates.fold, not stored
 

@@ -61,11 +61,11 @@ def convert(spec: Spec, block: str, mixer: str, given: dict[str, Any], params: d
     if a.ranks or a.lora or fields.get("int8"):
         raise SpecError(f"Block {block}: its q, k, v, o are factored, int8 or have LoRA; merge them before mixer "
                         f"{mixer}.")
-    old = {f"{r}.{kind}": np.asarray(params[name]) for r in "qkvo" for kind in ("weight", "bias")
-           if (name := f"{names[r]}.{kind}") in params}
+    old = projections(spec, block, params)
     for r, size in (("q", a.qk_dim), ("k", a.qk_dim), ("v", a.v_dim)):
         old.setdefault(f"{r}.bias", np.zeros(len(a.heads) * size, np.float32))   # Whisper's k has none
-    o = options(mixer, a, given, init, "o.bias" in old)
+    ahead = {"direction": "causal"} if spec.head == "causal" or spec.family == "gpt_neox" else {}
+    o = options(mixer, a, {**ahead, **given}, init, "o.bias" in old)
     old.setdefault("o.bias", np.zeros(width, np.float32))
     gone = dict.fromkeys(("heads", "qk_dim", "v_dim", "scale", "lora", "int8", "activations"))  # of q, k, v, o
     new = spec.with_block(block, **gone | {"mixer": mixer, "options": o})
@@ -85,6 +85,19 @@ def convert(spec: Spec, block: str, mixer: str, given: dict[str, Any], params: d
         mapped = from_attention(mixer, o, out, old)
     return new, {owner + k: v for k, v in (out | mapped).items()}, {
         owner + k: "mapped" if k in mapped else "new" for k in out}
+
+
+def projections(spec: Spec, block: str, params: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Attention's parameters by role ("q.weight", "q.bias", ...), those of one matrix for q, k, v taken apart."""
+    names = roles(spec, block)
+    old = {f"{r}.{kind}": np.asarray(params[name]) for r in "qkvo" for kind in ("weight", "bias")
+           if (name := f"{names.get(r)}.{kind}") in params}
+    for kind in ("weight", "bias"):
+        if "qkv" in names and (name := f"{names['qkv']}.{kind}") in params:
+            x = np.asarray(params[name])
+            x = x.reshape(len(spec.attention(block).heads), 3, -1, *x.shape[1:])                     # (H, 3, K, ...)
+            old |= {f"{r}.{kind}": x[:, i].reshape(-1, *x.shape[3:]) for i, r in enumerate("qkv")}
+    return old
 
 
 def drawn(mixer: str, width: int, o: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -354,12 +354,13 @@ def to_chunks(x: jax.Array) -> jax.Array:
     return jnp.moveaxis(x.reshape(x.shape[0], -1, CHUNK, *x.shape[2:]), 1, 0)
 
 
-def attention(q, k, v, mask, scale: float, call: Call, rate: float = 0.0, bias: jax.Array | None = None) -> jax.Array:
+def attention(q, k, v, mask, scale: float, call: Call, rate: float = 0.0, bias: jax.Array | None = None,
+              causal: bool = False) -> jax.Array:
     """Softmax attention. q (B, T, H, K), k (B, S, H, K), v (B, S, H, Kv), mask (B, [T,] S) -> (B, T, H, Kv).
 
-    `bias` (B, H, T, S) is added to the scores, which then all exist at once. Without it,
-    on CPU, unless all scores are few, one head and ATTENTION_BLOCK queries at a time: the scores stay in the cache
-    and memory is linear in T.
+    `causal`: query t sees keys up to t, of as many (S = T). `bias` (B, H, T, S) is added to the scores, which then all
+    exist at once. Without it, on CPU, unless all scores are few, one head and ATTENTION_BLOCK queries at a time: the
+    scores stay in the cache and memory is linear in T.
     """
     few = FEW_SCORES if call.key is None else 4 * FEW_SCORES  # the gradient of the map is slower
     whole = bias is not None or mask is not None and mask.ndim == 3
@@ -369,6 +370,8 @@ def attention(q, k, v, mask, scale: float, call: Call, rate: float = 0.0, bias: 
         if mask is not None:
             seen = mask[:, None] if mask.ndim == 3 else mask[:, None, None]
             scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
+        if causal:
+            scores = jnp.where(jnp.tril(jnp.ones(scores.shape[2:], bool)), scores, jnp.finfo(jnp.float32).min)
         weights, total = _exponential(scores)
         y = jnp.einsum("bhts,bshk->bthk", dropout(weights, rate, call, 0).astype(v.dtype), v)
         return (y / jnp.swapaxes(total, 1, 2)).astype(v.dtype)
@@ -387,6 +390,9 @@ def attention(q, k, v, mask, scale: float, call: Call, rate: float = 0.0, bias: 
             q, j = x
             scores = matmul(q, k).astype(jnp.float32)                                    # (size, S)
             scores = scores if bias is None else scores + bias
+            if causal:
+                later = jnp.arange(k.shape[0]) > (j * size + jnp.arange(size))[:, None]
+                scores = jnp.where(later, jnp.finfo(jnp.float32).min, scores)
             weights, total = _exponential(scores)
             return (dropout(weights, rate, call.fold(i).fold(j), 0).astype(v.dtype) @ v / total).astype(v.dtype)
 

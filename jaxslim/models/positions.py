@@ -30,6 +30,8 @@ def kind(spec: Spec) -> str | None:
         return "gated"
     if spec.family.startswith("parakeet"):
         return "relative"
+    if spec.family == "gpt_neox":
+        return "rotary"                                                  # of queries and keys: gpt_neox.py
     if spec.family in ("wav2vec2-conformer", "wav2vec2-bert"):
         return spec["position_embeddings_type"]
     return None

@@ -94,6 +94,13 @@ FAMILIES |= {"bert": BERT, "roberta": BERT._replace(prefix="roberta"), "distilbe
                    "o": "attention.out_lin", "norm": "sa_layer_norm"},
      "ffn": {"owner": "ffn", "up": "ffn.lin1", "down": "ffn.lin2", "norm": "output_layer_norm"}},
     rest={"embedding": "embeddings"}, heads={"classification": "classifier"})}
+FAMILIES["gpt_neox"] = Family(
+    "gpt_neox", {"encoder": "layers.{}"},
+    {"attention": {"owner": "attention", "qkv": "attention.query_key_value", "o": "attention.dense",
+                   "norm": "input_layernorm"},
+     "ffn": {"owner": "mlp", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h",
+             "norm": "post_attention_layernorm"}},
+    rest={"embedding": "embed_in"}, heads={"causal": "lm_head"})
 
 
 def prefix(spec: Spec) -> str:

@@ -7,7 +7,8 @@ how padded frames are kept out, and why flipping a padded batch reverses each ro
 
 All run in fp32. Shapes: B batch, T frames, n chunks of Q frames, H heads, G groups of R heads, P channels of a head,
 N, F and K, V sizes of the state. Exponents of decays are sums of numbers <= 0 and masked before exp, so that neither
-values nor gradients overflow. `*_macs` count the multiply-accumulates for one row, as traced.
+values nor gradients overflow. `ssd` and `causal` run as a kernel where the recorded table says so (kernels.py); their
+`plain_` forms are the oracle, and run everywhere else. `*_macs` count the multiply-accumulates for one row, as traced.
 """
 from __future__ import annotations
 
@@ -15,6 +16,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
+
+from jaxslim.models import kernels
 
 
 def segments(fn, state, xs, size: int):
@@ -49,6 +52,12 @@ def ssd(x, dt, a, b, c, state=None, chunk: int = 64) -> tuple[jax.Array, jax.Arr
     Args: x (B, T, H, P), dt (B, T, H) >= 0, a (H,), b and c (B, T, G, N) shared by H / G heads, state (B, H, P, N).
     Returns: y (B, T, H, P), the last state.
     """
+    kernel = kernels.recurrence("ssd", *x.shape[:3], *b.shape[2:3], x.shape[3], b.shape[3])
+    return (kernel or functools.partial(plain_ssd, chunk=chunk))(x, dt, a, b, c, state)
+
+
+def plain_ssd(x, dt, a, b, c, state=None, chunk: int = 64) -> tuple[jax.Array, jax.Array]:
+    """`ssd` by XLA."""
     rows, length, heads, size = x.shape
     groups, width = b.shape[2:]
     x, dt, b, c = (chunks(v.astype(jnp.float32), chunk) for v in (x, dt, b, c))
@@ -163,6 +172,12 @@ def causal(q, k, v, state=None, chunk: int = 64) -> tuple[jax.Array, jax.Array]:
     Args: q, k (B, T, H, F), v (B, T, H, V), state (B, H, F, V).
     Returns: y (B, T, H, V), the last state.
     """
+    kernel = kernels.recurrence("causal", *v.shape[:3], v.shape[2], v.shape[3], q.shape[3])
+    return (kernel or functools.partial(plain_causal, chunk=chunk))(q, k, v, state)
+
+
+def plain_causal(q, k, v, state=None, chunk: int = 64) -> tuple[jax.Array, jax.Array]:
+    """`causal` by XLA."""
     rows, length, heads, _ = v.shape
     q, k, v = (chunks(x.astype(jnp.float32), chunk) for x in (q, k, v))
     scores = jnp.tril(jnp.einsum("bnihf,bnjhf->bnhij", q, k))

@@ -55,7 +55,7 @@ def run(method: Method, student: Slim, teacher: Slim | None, cfg: config.Train, 
       batches: `data.batch.Batches` in global batches of `batch_size(cfg, mesh)` rows.
       folder: gets metrics.jsonl, TensorBoard events and checkpoints/; a rerun resumes from there.
       snapshot: called with the model and the step every `snapshot_steps`.
-      validate: called every `eval_steps`; returns "wer" or "accuracy"; the best parameters are returned.
+      validate: called every `eval_steps`; by its wer, bits_per_character or accuracy the best parameters are returned.
     Raises:
       NumericalStop, Preempted: state saved; see their docs. CheckpointError: the folder holds another run, or the disk
         is full. OutOfMemory: names the batch and what to change.
@@ -133,7 +133,8 @@ def _run(method, student, teacher, cfg, batches, folder, mesh, validate, name, s
                 scores = validate(current())
                 logger.write({"step": at, **{f"validation/{k}": v for k, v in scores.items()
                                              if isinstance(v, int | float)}})
-                error = scores["wer"] if "wer" in scores else 1 - scores["accuracy"]
+                error = next((scores[k] for k in ("wer", "bits_per_character") if k in scores), None)
+                error = 1 - scores["accuracy"] if error is None else error
                 if method.keeps_best() and (meta["best"] is None or error < meta["best"]["wer"]):
                     meta["best"] = {"step": at, "wer": error}
                     _save_best(best, state.average or state.params)

@@ -41,6 +41,10 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(self\.(query|key|value)|[qkv]_lin|intermediate\.dense|lin1)(\.up)?\.weight$", P("tensor", "fsdp")),
     (r"(self\.(query|key|value)|[qkv]_lin|intermediate\.dense|lin1)\.bias$", P("tensor")),
     (r"(output\.dense|out_lin|lin2)(\.down)?\.weight$", P("fsdp", "tensor")),
+    (r"(query_key_value|dense_h_to_4h)(\.up)?\.weight$", P("tensor", "fsdp")),  # heads lie one after another
+    (r"(query_key_value|dense_h_to_4h)\.bias$", P("tensor")),
+    (r"(attention\.dense|dense_4h_to_h)(\.down)?\.weight$", P("fsdp", "tensor")),
+    (r"embed_in\.weight$", P(None, "fsdp")),
     (r"(word_embeddings|pooler\.dense|pre_classifier|classifier\.dense)\.weight$", P(None, "fsdp")),
     (r"feature_[qk]\.(weight|bias)$", P("tensor")),                           # (H, F, K), (H, F)
     (r"(in_proj|x_proj|fc_D)\.weight$", P(None, "fsdp")),                     # rows of several parts stay together

@@ -1,0 +1,134 @@
+"""Pallas kernels in interpret mode against the plain recurrence in float64; which version runs where, and why."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxslim.models import kernels, pallas_scan, scan
+
+CASES = [  # frames, heads, groups, P, N, lengths
+    (200, 4, 1, 8, 16, (200, 77)), (1, 2, 2, 8, 8, (1, 0)),
+    pytest.param((128, 2, 2, 9, 16, (128, 5)), marks=pytest.mark.slow),
+    pytest.param((131, 6, 2, 8, 24, (130, 1)), marks=pytest.mark.slow)]
+
+
+def problem(frames, heads, groups, size, width, lengths, seed=0):
+    """x, dt (0 on padding), a, b, c, state; garbage in padded x, b, c."""
+    rng = np.random.default_rng(seed)
+    mask = (np.arange(frames) < np.array(lengths)[:, None])[..., None]
+    normal = lambda *s: rng.standard_normal(s)  # noqa: E731
+    rows = len(lengths)
+    return (normal(rows, frames, heads, size), mask * rng.uniform(0.01, 2.0, (rows, frames, heads)),
+            -rng.uniform(0.1, 4.0, heads), *(normal(rows, frames, groups, width) / width**0.5 for _ in range(2)),
+            normal(rows, heads, size, width))
+
+
+def recurrence(x, dt, a, b, c, s):
+    """s_t = exp(dt_t A) s_{t-1} + dt_t x_t b_t^T, y_t = s_t c_t, one frame after another."""
+    each = x.shape[2] // b.shape[2]
+
+    def step(s, now):
+        x, dt, b, c = now
+        s = jnp.exp(dt * a)[..., None, None] * s + (dt[..., None] * x)[..., None] * b[:, :, None]
+        return s, jnp.einsum("bhpn,bhn->bhp", s, c)
+
+    b, c = (jnp.repeat(v, each, 2) for v in (b, c))
+    s, y = jax.lax.scan(step, s, tuple(jnp.moveaxis(v, 1, 0) for v in (x, dt, b, c)))
+    return jnp.moveaxis(y, 0, 1), s
+
+
+def exact(args, seed=9):
+    """Results and gradients of the recurrence in float64, and the directions of these."""
+    with jax.enable_x64(True):
+        args = [jnp.asarray(v, jnp.float64) for v in args]
+        out, back = jax.vjp(jax.jit(recurrence), *args)
+        rng = np.random.default_rng(seed)
+        probes = [rng.standard_normal(v.shape).astype(np.float32) for v in out]
+        grads = back(tuple(jnp.asarray(p, jnp.float64) for p in probes))
+        return [np.asarray(v) for v in out], [np.asarray(v) for v in grads], probes
+
+
+def relative(have, want):
+    want = np.asarray(want, np.float64)
+    return float(np.abs(np.asarray(have, np.float64) - want).max() / max(np.abs(want).max(), 1e-6))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ssd_and_its_gradients(case):
+    frames, heads, groups, size, width, lengths = case
+    args = problem(*case)
+    cut = pallas_scan.shape(len(lengths), frames, heads, groups, size, width)
+    kernel = lambda *v: pallas_scan.ssd(*v, cut=cut, interpret=True)  # noqa: E731
+    small = [jnp.asarray(v, jnp.float32) for v in args]
+    (y, last), back = jax.vjp(jax.jit(kernel), *small)
+    want, wants, probes = exact(args)
+    assert relative(y, want[0]) < 1e-5 and relative(last, want[1]) < 1e-5
+    grads = back(tuple(map(jnp.asarray, probes)))
+    for name, have, true in zip(("x", "dt", "a", "b", "c", "state"), grads, wants, strict=True):
+        assert relative(have, true) < 1e-4, name
+    for row, length in enumerate(lengths):  # padding takes part in nothing
+        assert not np.any(grads[0][row, length:]) and not np.any(grads[3][row, length:])
+
+
+@pytest.mark.parametrize("length", [150, pytest.param(1, marks=pytest.mark.slow)])
+def test_linear_attention_and_its_gradients(length):
+    rng, (heads, width, size) = np.random.default_rng(1), (2, 16, 9)
+    q, k, v = (rng.standard_normal((2, length, heads, n)) for n in (width, width, size))
+    k[1, length // 2 :] = 0.0                                                 # padding
+    state = rng.standard_normal((2, heads, width, size))
+    cut = pallas_scan.shape(2, length, heads, heads, size, width)
+    small = [jnp.asarray(x, jnp.float32) for x in (q, k, v, state)]
+    (y, last), back = jax.vjp(jax.jit(lambda *a: pallas_scan.causal(*a, cut=cut, interpret=True)), *small)
+    one, none = np.ones((2, length, heads)), np.zeros(heads)
+    want, grads, probes = exact((v, one, none, k, q, np.swapaxes(state, 2, 3)))
+    assert relative(y, want[0]) < 1e-5 and relative(np.swapaxes(last, 2, 3), want[1]) < 1e-5
+    dq, dk, dv, ds = back((jnp.asarray(probes[0]), jnp.swapaxes(jnp.asarray(probes[1]), 2, 3)))
+    for have, true in ((dq, grads[4]), (dk, grads[3]), (dv, grads[0]), (np.swapaxes(ds, 2, 3), grads[5])):
+        assert relative(have, true) < 1e-4
+
+
+@pytest.mark.slow
+def test_bfloat16_inputs():
+    case = (100, 2, 1, 8, 16, (100, 40))
+    args = [jnp.asarray(v, jnp.float32) for v in problem(*case)]
+    half = [v.astype(jnp.bfloat16) if v.ndim == 4 and i != 5 else v for i, v in enumerate(args)]
+    cut = pallas_scan.shape(2, 100, 2, 1, 8, 16)
+    y, last = pallas_scan.ssd(*half, cut=cut, interpret=True)
+    want = exact([np.asarray(v, np.float64) for v in args])[0]
+    assert y.dtype == jnp.float32 and relative(y, want[0]) < 2e-2 and relative(last, want[1]) < 2e-2
+
+
+@pytest.mark.parametrize("sizes, together, chunk", [
+    ((16, 1, 64, 128), 1, 128), ((12, 12, 64, 64), 2, 128), ((12, 12, 65, 64), 12, 128), ((3, 3, 8, 16), 3, 128)])
+def test_how_a_problem_is_cut(sizes, together, chunk):
+    """Whole lanes or all of an axis; and chunks whose VMEM fits."""
+    heads, groups, size, width = sizes
+    cut = pallas_scan.shape(8, 1500, heads, groups, size, width)
+    assert (cut.together, cut.chunk) == (together, chunk) and cut.frames % chunk == 0 and cut.vmem() <= pallas_scan.VMEM
+    for lanes in (cut.inside * size, cut.together * width):
+        assert lanes % 128 == 0 or cut.together == groups
+    assert "MiB of VMEM" in pallas_scan.shape(8, 1500, 64, 1, 128, 256)
+
+
+def test_what_runs_where(monkeypatch, caplog):
+    """The table decides; a kernel that was asked for and cannot run says so once, and XLA's result comes."""
+    args = [jnp.asarray(v, jnp.float32) for v in problem(10, 2, 1, 4, 4, (10,))]
+    want = scan.plain_ssd(*args)[0]
+    kernels.fall_back.cache_clear()
+    monkeypatch.setenv(kernels.VARIABLE, "kernel")
+    for _ in range(2):
+        np.testing.assert_array_equal(scan.ssd(*args)[0], want)
+    assert [r.getMessage() for r in caplog.records] == [
+        "ssd: no kernel here, XLA runs instead: it is written for TPU, this is cpu."]
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert kernels.recurrence("ssd", 1, 10, 2, 1, 4, 4).func is pallas_scan.ssd
+    assert kernels.recurrence("ssd", 1, 10, 64, 1, 128, 256) is None and "MiB" in caplog.records[-1].getMessage()
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    assert kernels.recurrence("causal", 1, 10, 2, 2, 4, 4) is None
+    assert "several devices" in caplog.records[-1].getMessage()
+    monkeypatch.setenv(kernels.VARIABLE, "auto")
+    monkeypatch.setattr(kernels, "table", lambda: {"cpu": {"ssd": "pallas", "causal": "xla"}})
+    assert kernels.wanted("ssd") and not kernels.wanted("causal")
+    monkeypatch.setenv(kernels.VARIABLE, "fast")
+    with pytest.raises(ValueError, match="use auto, xla, kernel"):
+        kernels.wanted("ssd")

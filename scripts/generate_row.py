@@ -5,7 +5,7 @@
 A row has size, MACs at 10 s, steady time (of a second of audio, at 10 s, batch 1, the teacher's in the same run), the
 error of each generated layer in a free and a forced run, every task of the student and of its baselines, and the
 retention. --every adds a row for each smaller number of generated layers (the anytime curve). A stopped run goes on
-where it stood. Options of the suite: --suite asr_steps=100 ...
+where it stood. Options of the suite: --suite asr_steps=100.
 """
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ def main() -> None:
     parser.add_argument("--stage", help="name of the stage whose model is judged (default: the last)")
     parser.add_argument("--name", help="in the column `student` (default: the output folder's)")
     parser.add_argument("--every", action="store_true", help="also with fewer generated layers")
-    parser.add_argument("--suite", nargs="*", default=[], metavar="KEY=VALUE", help="options of the suite")
+    parser.add_argument("--suite", action="append", default=[], metavar="KEY=VALUE", help="option of the suite; again "
+                        "for more")
     parser.add_argument("--suite-output", default="runs/micro-superb", help="where features and results are kept")
-    parser.add_argument("--tasks", nargs="*", default=[], help="only these tasks")
+    parser.add_argument("--tasks", default="", help="only these tasks, with commas")
     parser.add_argument("--no-bench", action="store_true", help="no timing")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
@@ -65,8 +66,8 @@ def main() -> None:
             timed["time_share"] = timed["student_seconds_per_second"] / timed["teacher_seconds_per_second"]
     rows = []
     for layers in range(1, whole + 1) if args.every and whole else [whole]:
-        result = superb.evaluate(folder, teacher=teacher, output=args.suite_output, tasks=args.tasks,
-                                 options=superb.options(args.suite), generated_layers=layers)
+        result = superb.evaluate(folder, teacher=teacher, output=args.suite_output, options=superb.options(args.suite),
+                                 tasks=args.tasks.split(",") if args.tasks else (), generated_layers=layers)
         rows.append(row(result, args.name or pathlib.Path(args.output).name, layers) | {
             "teacher_params": summary["teacher"]["params"], "train_seconds": trained, "device": _cpu(),
             "threads": len(cpu_numbers()), "versions": _versions("jax", "flax"),

@@ -1,5 +1,7 @@
 """micro-SUPERB: metrics against references, what each task asks, retention; and the whole on tiny upstreams."""
 import json
+import pathlib
+import runpy
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from jaxslim.superb.features import Features
 from jaxslim.superb.retention import retention
 from jaxslim.superb.tasks import Options, Task
 
+ROOT = pathlib.Path(__file__).parents[1]
 RNG = np.random.default_rng(0)
 QUICK = Options(limit=8, seeds=(0,), draws=2, char_steps=3, asr_steps=2, asr_units=4, asr_layers=1, pooled_steps=100)
 
@@ -209,6 +212,9 @@ def test_suite(upstreams, tmp_path, capsys):
     assert [p.name for p in changed] == ["keyword.npz"]
     short = run(generated_layers=1)
     assert len(short["fidelity"]["rollout"]) == 1 and short["gmacs"] < result["gmacs"]
+    flat = runpy.run_path(str(ROOT / "scripts/generate_row.py"))["row"](result, "tiny", 2)
+    assert flat["model_keyword"] == result["tasks"]["keyword"]["model"] and flat["gap_2"] == rows[1]["gap"]
+    assert {"log_mel_language", "random_language", "teacher_language", "fidelity_cka", "params"} <= flat.keys()
     from rich.console import Console
 
     Console(width=140).print(superb.render(result))

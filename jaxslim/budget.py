@@ -39,7 +39,7 @@ def check(name: str, spec: Spec) -> None:
 
 def expected(name: str, spec: Spec, counts: Mapping[str, Any], seconds: Sequence[float] = (10.0,),
              table: Mapping[str, Any] | None = None) -> jax.Array:
-    """Cost `name` of the gated model `spec` with `counts` (block -> expected number of units), () fp32.
+    """Cost `name` of the gated model `spec` with `counts` (gates.Group.key -> expected number of units), () fp32.
 
     Args:
       seconds: audio lengths for MACs; the mean over them counts.
@@ -57,12 +57,12 @@ def expected(name: str, spec: Spec, counts: Mapping[str, Any], seconds: Sequence
 
 def full(spec: Spec) -> dict[str, float]:
     """Counts with every gate open."""
-    return {g.block: float(g.size) for g in gates.groups(spec)}
+    return {g.key: float(g.size) for g in gates.groups(spec)}
 
 
 def floor(spec: Spec) -> dict[str, float]:
-    """Counts with every gate closed; a front-end convolution keeps one channel."""
-    return {g.block: float(kind(g.block) == "frontend") for g in gates.groups(spec)}
+    """Counts with every gate closed; a front-end convolution keeps one channel, ranks one."""
+    return {g.key: float(gates.least(g.key)) for g in gates.groups(spec)}
 
 
 def params(spec: Spec, counts: Mapping[str, Any], part: str = "") -> jax.Array:
@@ -86,11 +86,11 @@ def _monomials(spec: Spec, part: str) -> dict[tuple, float]:
     needs: dict[str, list[str]] = {}
     sizes = {}
     for group in gates.groups(spec):
-        sizes[group.block] = group.size
+        sizes[group.key] = group.size
         for place in {*group.rows, *group.reads}:
-            axes.setdefault(place.name, []).append(group.block)
+            axes.setdefault(place.name, []).append(group.key)
         for name in group.gone:
-            needs.setdefault(name, []).append(group.block)
+            needs.setdefault(name, []).append(group.key)
     table: dict[tuple, float] = {}
     for name, block in owner.items():
         if part and part not in (block.split(".")[0], kind(block)):
@@ -137,7 +137,8 @@ class _View:
 
     def attention(self, block: str):
         a = self.spec.attention(block)
-        return SimpleNamespace(**a._asdict(), count=self.counts.get(block, a.count))
+        dims = {field: self.counts.get(f"{block}:{what}", getattr(a, field)) for what, field in gates.DIMS.items()}
+        return SimpleNamespace(**(a._asdict() | dims), count=self.counts.get(block, a.count))
 
     def ffn(self, block: str):
         f = self.spec.ffn(block)

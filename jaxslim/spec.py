@@ -32,7 +32,7 @@ FIELDS = {
 FIELDS["cross"] = FIELDS["attention"] - {"mixer", "options"}
 # Gates a block may carry while it is pruned, with options: {"tile": 8} rounds their number, {"uniform": True} makes
 # it the same in all layers, {"norm": "all"} leaves norms over closed channels too.
-GATES = {"frontend": ("channels",), **dict.fromkeys(("attention", "cross"), ("heads", "block")),
+GATES = {"frontend": ("channels",), **dict.fromkeys(("attention", "cross"), ("heads", "qk", "vo", "block")),
          **dict.fromkeys(("ffn", "ffn1", "ffn2"), ("units", "block")), "conv": ("channels", "block")}
 for _kind in GATES:
     FIELDS[_kind] = FIELDS[_kind] | {"gates"}

@@ -8,7 +8,7 @@ import numpy as np
 import tiny
 import tiny_whisper
 
-from jaxslim.models import gates, roles
+from jaxslim.models import gates, positions, roles
 from jaxslim.slim import Slim
 from jaxslim.spec import GATES, Spec, kind
 
@@ -69,10 +69,18 @@ def with_gates(model: Slim, gates_of=GATES, seed: int = 0, spread: float = 3.0, 
     spec = model.spec
     for block in roles.blocks(spec):
         if kind(block) in GATES and not (spec.family == "whisper" and block == "frontend.1"):
-            spec = spec.with_block(block, gates={what: dict(options) for what in gates_of[kind(block)]})
+            spec = spec.with_block(block, gates={what: dict(options) for what in gates_of[kind(block)]
+                                                 if what not in gates.DIMS or ranked(spec, block, what)})
     rng = np.random.default_rng(seed)
     return Slim(spec, {**model.params, **{name: (spread * rng.standard_normal(x.shape)).astype(np.float32)
                                           for name, x in gates.shapes(spec).items()}})
+
+
+def ranked(spec: Spec, block: str, what: str) -> bool:
+    """Whether gates on these ranks are defined."""
+    a = spec.attention(block)
+    relative = kind(block) == "attention" and positions.kind(spec) == "relative_key"
+    return bool(a.count) and (what == "vo" or a.mixer == "softmax" and not relative)
 
 
 def widths(spec: Spec, seed: int) -> dict[str, int]:
@@ -80,8 +88,7 @@ def widths(spec: Spec, seed: int) -> dict[str, int]:
     rng, found = np.random.default_rng(seed), {}
     for g in gates.groups(spec):
         width = seed if seed < 2 else WIDTHS[rng.integers(len(WIDTHS))]
-        least = 1 if kind(g.block) == "frontend" else 0
-        found[g.block] = min(max(g.size if width is None else width, least), g.size)
+        found[g.key] = min(max(g.size if width is None else width, gates.least(g.key)), g.size)
     return found
 
 
@@ -90,8 +97,8 @@ def mask(spec: Spec, keep: dict[str, int], seed: int) -> dict[str, gates.Gate]:
     rng, state = np.random.default_rng(seed), {}
     for g in gates.groups(spec):
         on = np.zeros(g.size, np.float32)
-        on[rng.permutation(g.size)[: keep[g.block]]] = 1.0
-        state[g.block] = gates.Gate(on * rng.uniform(0.3, 1.0, g.size).astype(np.float32), on)
+        on[rng.permutation(g.size)[: keep[g.key]]] = 1.0
+        state[g.key] = gates.Gate(on * rng.uniform(0.3, 1.0, g.size).astype(np.float32), on)
     return state
 
 

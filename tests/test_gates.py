@@ -70,7 +70,7 @@ def test_gates_scale_what_a_unit_gives():
     """Against scaling what makes the unit: values, units and channels are linear in it where the activation is relu."""
     model = tiny.slim(**dict(pruned.FAST, **pruned.STABLE, hidden_act="relu", feat_extract_activation="relu"))
     gated = pruned.with_gates(model)
-    counts = {g.block: g.size for g in gates.groups(gated.spec)}
+    counts = {g.key: g.size for g in gates.groups(gated.spec)}
     state = pruned.mask(gated.spec, counts, 0)
     scaled = dict(model.params)
 
@@ -84,6 +84,8 @@ def test_gates_scale_what_a_unit_gives():
     for i in range(2):
         r = roles.roles(model.spec, f"encoder.{i}.attention")
         scale(r["v"], state[f"encoder.{i}.attention"].value, 8)
+        scale(r["v"], np.tile(state[f"encoder.{i}.attention:vo"].value, 4))
+        scale(r["k"], np.tile(state[f"encoder.{i}.attention:qk"].value, 4))
         scale(roles.roles(model.spec, f"encoder.{i}.ffn")["up"], state[f"encoder.{i}.ffn"].value)
     batch = pruned.inputs(model.spec)
     tiny.close(pruned.run_masked(gated.spec, gated.params, state, batch), pruned.run(model.spec, scaled, batch), 1e-5)
@@ -102,7 +104,7 @@ def test_norms_over_closed_channels_are_another_model():
 
 def test_twice_pruned_heads_keep_their_numbers():
     first = pruned.with_gates(pruned.model("wavlm"))
-    keep = {**{g.block: range(g.size) for g in gates.groups(first.spec)}, "encoder.0.attention": (1, 2, 3),
+    keep = {**{g.key: range(g.size) for g in gates.groups(first.spec)}, "encoder.0.attention": (1, 2, 3),
             "encoder.1.attention": (0, 3)}
     once = Slim(*gates.cut(first.spec, first.params, gates.masked(first.spec, keep)))
     assert once.spec.blocks == {"encoder.0.attention": {"heads": [1, 2, 3]}, "encoder.1.attention": {"heads": [0, 3]}}
@@ -130,6 +132,30 @@ def test_linear_attention_has_heads_too(options):
     assert small[1]["wav2vec2.encoder.layers.0.attention.feature_q.weight"].shape == (2, 4, 8)
     batch = pruned.inputs(gated.spec)
     tiny.close(pruned.run_masked(gated.spec, gated.params, state, batch), pruned.run(*small, batch), 1e-5)
+
+
+def test_ranks_are_cut_in_every_head():
+    gated = pruned.with_gates(pruned.model("conformer"), {**GATES, "attention": ("qk", "vo")})
+    block = "encoder.0.attention"
+    keep = {f"{block}:qk": (1, 5, 6), f"{block}:vo": ()}
+    state = gates.masked(gated.spec, keep)
+    small = Slim(*gates.cut(gated.spec, gated.params, state))
+    a, whole = small.spec.attention(block), gated.spec.attention(block)
+    assert (a.qk_dim, a.v_dim, a.count, a.scale) == (3, 1, whole.count, whole.scale)
+    assert block not in {g.key for g in gates.groups(gated.spec)}  # no gates on heads were asked for
+    batch = pruned.inputs(gated.spec)
+    tiny.close(pruned.run_masked(gated.spec, gated.params, state, batch), pruned.run(small.spec, small.params, batch),
+               1e-5)
+
+
+def test_ranks_that_cannot_be_gated():
+    linear = Linearize(features=4).start(pruned.model("wav2vec2-stable"), None, None)
+    for spec, what in ((linear.spec, "no product of Q and K"), (pruned.model("w2v-bert").spec, "relative_key")):
+        with pytest.raises(SpecError, match=what):
+            gates.groups(spec.with_block("encoder.0.attention", gates={"qk": {}}))
+    empty = pruned.model("wavlm").spec.with_block("encoder.0.attention", heads=[])
+    with pytest.raises(SpecError, match="no heads left"):
+        gates.groups(empty.with_block("encoder.0.attention", gates={"vo": {}}))
 
 
 # ---- which gates are open ----
@@ -200,7 +226,7 @@ def test_a_gated_model_is_saved_and_read(tmp_path):
 
 @pytest.mark.parametrize("blocks, message", [
     ({"encoder.0.attention": {"gates": {"units": {}}}}, "encoder.0.attention can have no gate on 'units'"),
-    ({"encoder.0.attention": {"gates": {"qk": {}}}}, "no gate on 'qk'; its gates are"),
+    ({"encoder.0.ffn": {"gates": {"qk": {}}}}, "no gate on 'qk'; its gates are"),
     ({"encoder.0.ffn": {"gates": {"units": {"tiles": 8}}}}, r"gate options \['tiles'\]"),
 ])
 def test_gates_that_no_block_has(blocks, message):

@@ -16,8 +16,8 @@ from jaxslim.config import Group, Train
 from jaxslim.methods import METHODS, allocate, calibrate
 from jaxslim.methods.calibrate import CalibrationError
 from jaxslim.methods.lowrank import LowRank
-from jaxslim.models import bind
-from jaxslim.slim import Slim
+from jaxslim.models import bind, roles
+from jaxslim.slim import Slim, inputs
 from jaxslim.spec import SpecError
 from jaxslim.train import mesh as M
 
@@ -153,6 +153,23 @@ def test_budgets_are_met_and_several_sizes_come_from_one_calibration(caplog):
             bind.check(student.spec, student.params)
             ranks = {f[k] for f in student.spec.blocks.values() for k in ("qk_dim", "v_dim") if k in f}
             assert all(r % 2 == 0 for r in ranks)
+
+
+def test_rotation_changes_no_output_and_orders_the_dimensions():
+    turned = LowRank(rotate=True, **SMALL).start(PLAIN, stream(), None)
+    assert turned.spec == PLAIN.spec and turned.fingerprint != PLAIN.fingerprint
+    rows = inputs(next(iter(stream()())))
+    tiny.close(turned(**rows).logits, PLAIN(**rows).logits, 1e-5)
+    again = LowRank(**SMALL).analyse(turned, stream())[0]
+    before = {(c.block, c.kind): c.tail for c in LowRank(**SMALL).analyse(PLAIN, stream())[0]}
+    for c in again:  # the first dimensions of every head are the best: cutting them unrotated loses no less
+        if c.kind == "qk":
+            q, k = (turned.params[f"{roles.roles(turned.spec, c.block)[r]}.weight"] for r in "qk")
+            heads = len(turned.spec.attention(c.block).heads)
+            sizes = [np.linalg.norm(np.asarray(w).reshape(heads, c.full, -1), axis=-1) for w in (q, k)]
+            product = (sizes[0] * sizes[1]).sum(0)
+            assert product[: c.full // 2].sum() > product[c.full // 2:].sum()
+            np.testing.assert_allclose(c.tail, before[c.block, c.kind], rtol=2e-2, atol=1e-6 * c.tail[0])
 
 
 def test_uniform_is_worse_and_floors_are_named():

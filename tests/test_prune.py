@@ -68,6 +68,20 @@ def test_a_run_lands_on_two_budgets(caplog):
     bind.check(small.spec, small.params)
 
 
+def test_ranks_under_a_budget():
+    """Ranks alone, on rotated heads: the cut model is thinner, not narrower, and within its budget."""
+    method = Prune(target={"params.attention": 0.6}, gates=("qk", "vo"), ramp_steps=40)
+    gated, shares, _ = train(method, 120)
+    assert shares[-1]["params.attention"] == pytest.approx(0.6, rel=0.05)
+    small = method.finish(gated, None)
+    assert small.spec.history[0]["share"]["params.attention"] == pytest.approx(0.6, abs=0.06)
+    for block, fields in small.spec.blocks.items():
+        assert block.endswith(".attention") and set(fields) <= {"qk_dim", "v_dim", "scale"}
+        assert small.spec.attention(block).count == MODEL.spec.attention(block).count
+    with pytest.raises(SpecError, match="latency tables do not know ranks"):
+        dataclasses.replace(method, target={"latency": 0.6}).start(MODEL, None, jax.random.key(0))
+
+
 @pytest.mark.parametrize("target, met", [({"macs": 0.6}, "macs"), ({"macs": 0.9, "params.encoder": 0.4},
                                                                    "params.encoder")])
 def test_a_run_that_has_not_settled_meets_its_budget_in_the_end(target, met):

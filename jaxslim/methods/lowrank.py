@@ -50,6 +50,7 @@ PROBES = 2   # batches on which sensitivities are measured
 @dataclasses.dataclass(frozen=True)
 class LowRank(Method):
     remove: float = 0.0               # share of the cost to cut; 0 = nothing: a stage that only recovers
+    rotate: bool = False              # without `remove`: only turn the heads, best dimensions first; same outputs
     cost: Literal["params", "macs", "latency"] = "params"   # latency: timed here, with all layers cut alike
     of: Literal["encoder", "model"] = "encoder"   # what `remove` is a share of; encoder: without head and embeddings
     seconds: float = 10.0             # audio length of MACs and latency
@@ -83,6 +84,8 @@ class LowRank(Method):
           SpecError: a block that cannot be cut, or a budget below the floor. CalibrationError: statistics.
         """
         student = self.compress(teacher, batches, (self.remove,))[0] if self.remove else teacher
+        if self.rotate and not self.remove:
+            student = self.rotated(teacher, batches)
         return add_lora(student, self.lora_rank, self.lora_alpha, key) if self.lora_rank else student
 
     def compress(self, teacher: Slim, batches, removes: tuple[float, ...]) -> list[Slim]:
@@ -96,6 +99,16 @@ class LowRank(Method):
         log.info("Frontier (share of %s removed: divergence expected): %s", self.cost,
                  ", ".join(f"{r['removed']:.0%}: {r['divergence']:.3g}" for r in rows))
         return [self.cut(teacher, groups, whole, remove, seen) for remove in removes]
+
+    def rotated(self, teacher: Slim, batches) -> Slim:
+        """The model with the dimensions of its heads rotated and none cut: what gates on ranks act on (`prune` with
+        gates qk, vo). Stock shapes, the same outputs."""
+        attention = dataclasses.replace(self, kinds=tuple(k for k in self.kinds if k in factor.KINDS["attention"]),
+                                        sensitivity="energy")
+        params = {k: np.asarray(v) for k, v in teacher.params.items()}
+        for curve in attention.analyse(teacher, batches)[0]:
+            params = curve.cut(teacher.spec, params, curve.full, dense=True)[1]
+        return teacher.replace(params=params)
 
     def analyse(self, teacher: Slim, batches) -> tuple[list[factor.Curve], dict, Calibration]:
         """Curves of all blocks, the sensitivity of each, and what they were made from."""

@@ -44,7 +44,7 @@ TOLERANCE = 1e-4                 # of max(1, max abs): masked against cut, whole
 @dataclasses.dataclass(frozen=True)
 class Prune(Method):
     target: dict[str, float] = dataclasses.field(default_factory=dict)  # cost -> share (up to 1), or absolute value
-    gates: tuple[Literal["channels", "heads", "units", "block"], ...] = ("channels", "heads", "units")
+    gates: tuple[Literal["channels", "heads", "units", "qk", "vo", "block"], ...] = ("channels", "heads", "units")
     blocks: str = ""                      # regular expression on block ids; "" = all that can be pruned
     seconds: tuple[float, ...] = (10.0,)  # audio lengths whose mean MACs count
     table: str = ""                       # latency table, made by `jaxslim bench --table`
@@ -106,17 +106,19 @@ class Prune(Method):
             for group in groups:  # halve all blocks of its kind: would a stock config describe that?
                 trial = gates.plain(out)
                 for other in groups:
-                    if kind(other.block) == kind(group.block):
-                        trial = gates.with_units(trial, other.block, range(max(1, other.size // 2)))
+                    if (kind(other.block), other.unit) == (kind(group.block), group.unit):
+                        trial = gates.with_units(trial, other.key, range(max(1, other.size // 2)))
                 if fold(trial) is None:
                     raise SpecError(f"prune: shape uniform: no stock {spec.family} config has another number of "
-                                    f"{gates.FIELD[kind(group.block)]} in {group.block}; leave them out of `gates` or "
-                                    "`blocks`, or use shape free.")
+                                    f"{group.unit} in {group.block}; leave them out of `gates` or `blocks`, or use "
+                                    "shape free.")
         return out
 
     def shares(self, spec: Spec) -> dict[str, float]:
         """Cost -> wanted share of its value with all gates open. Raises SpecError for a target out of reach."""
         found = {}
+        if "latency" in self.target and any(g.unit in gates.DIMS for g in gates.groups(spec)):
+            raise SpecError("prune: latency tables do not know ranks; with gates on qk or vo ask for macs or params.")
         for cost, target in self.target.items():
             budget.check(cost, spec)
             whole, least = self.value(cost, spec, budget.full(spec)), self.value(cost, spec, budget.floor(spec))
@@ -151,7 +153,7 @@ class Prune(Method):
 
         def counts(ratio):
             least = budget.floor(spec)
-            return {g.block: max(least[g.block], float(round(ratio * g.size))) for g in groups}
+            return {g.key: max(least[g.key], float(round(ratio * g.size))) for g in groups}
 
         low, high = 0.0, 1.0
         for _ in range(20):
@@ -163,7 +165,7 @@ class Prune(Method):
             score = jax.random.uniform(jax.random.fold_in(key, i), (g.size,))
             if self.select == "magnitude":
                 score = magnitude(g, params)
-            kept[g.block] = np.sort(np.argsort(-np.asarray(score), kind="stable")[: int(counts(low)[g.block])])
+            kept[g.key] = np.sort(np.argsort(-np.asarray(score), kind="stable")[: int(counts(low)[g.key])])
         return self.cut(Slim(spec, params), gates.masked(spec, kept))
 
     # ---- training ----

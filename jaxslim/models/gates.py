@@ -1,14 +1,16 @@
-"""Hard-concrete gates (Louizos et al., arXiv 1712.01312, section 2.3) on heads, units, channels and whole sub-layers.
+"""Hard-concrete gates (Louizos et al., arXiv 1712.01312, section 2.3) on heads, units, channels, ranks and sub-layers.
 
 A gate scales what one unit gives to the matrix that reads it, so `fold` multiplies the gates into those matrices and
 leaves an ordinary model: no activation is touched, and a step costs a few products over weights. A unit whose gate is
 zero then feeds nothing; `cut` leaves it out and the outputs stay what they were. That needs one more thing: a layer
 norm over prunable channels takes mean and variance over the open ones (`layers.LayerNorm`, `open`).
 
-* Places: after the activation for units and channels, before the output projection for heads. The channels of the
+* Places: after the activation for units and channels, before the output projection for heads. The ranks of Q-K and V-O
+  are the inner dimensions of an attention block, each shared by its heads, best after `lowrank` has rotated them
+  (`rotate`); their gates stand on keys and in front of the output projection. The channels of the
   last front-end convolution are gated behind the layer norm that reads them (DPHuBERT gates before it and keeps a
   vector of scales; ours needs none). A block's gate spares its output bias, which is all that an empty block keeps.
-* `log_alpha` is the parameter, `<owner>.gate_heads | gate_units | gate_channels | gate_block`, fp32. Which blocks have
+* `log_alpha` is the parameter, `<owner>.gate_heads | _units | _channels | _qk | _vo | _block`, fp32. Which blocks have
   gates stands in the Spec.
 * Without a key (evaluation) as many units of a block are open as are expected to be, those with the largest log_alpha;
   rounding is carried on from layer to layer, so that the whole model keeps the expected count. This is ours: DPHuBERT
@@ -25,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxslim.models import positions
 from jaxslim.models.roles import prefix, roles
 from jaxslim.spec import Spec, SpecError, kind
 
@@ -33,6 +36,7 @@ SHIFT = -TEMPERATURE * math.log(-LOW / HIGH)
 NOISE = 3000                                             # site of random numbers beside the layers' own
 FIELD = {"frontend": "channels", "conv": "channels", "attention": "heads", "cross": "heads",
          "ffn": "units", "ffn1": "units", "ffn2": "units"}  # kind of a block -> what it is made of
+DIMS = {"qk": "qk_dim", "vo": "v_dim"}                   # ranks: units of their own beside the heads
 HEADED = ("softmax", "linformer", "elu", "t2r", "hedgehog")  # mixers whose heads meet only in the output projection
 
 
@@ -46,9 +50,11 @@ class Place(NamedTuple):
 
 
 class Group(NamedTuple):
-    """The units of a gated block."""
+    """Gated units of a block that are counted together."""
 
+    key: str                     # the block's id; for ranks block:qk, block:vo
     block: str
+    unit: str                    # channels | heads | units | qk | vo
     size: int
     rows: tuple[Place, ...]      # arrays that make them
     reads: tuple[Place, ...]     # arrays that read them; gates are folded in here
@@ -67,14 +73,24 @@ def gated(spec: Spec, block: str) -> bool:
     return bool(spec.blocks.get(block, {}).get("gates"))
 
 
-def names(spec: Spec, block: str) -> dict[str, str]:
-    """What is gated -> name of the parameter."""
-    owner = roles(spec, block)["owner"]
-    return {what: f"{owner}.gate_{what}" for what in spec.blocks.get(block, {}).get("gates", {})}
+def names(spec: Spec, key: str) -> dict[str, str]:
+    """What is gated -> name of the parameter; of a block all but its ranks."""
+    block, _, dims = key.partition(":")
+    owner, every = roles(spec, block)["owner"], spec.blocks.get(block, {}).get("gates", {})
+    return {what: f"{owner}.gate_{what}" for what in every if (what == dims if dims else what not in DIMS)}
 
 
-def size(spec: Spec, block: str) -> int:
-    """Heads, units or channels of a block."""
+def keys(spec: Spec, block: str) -> list[str]:
+    """The groups of units of a block that have gates."""
+    every = spec.blocks.get(block, {}).get("gates", {})
+    return [block] * bool(set(every) - set(DIMS)) + [f"{block}:{what}" for what in DIMS if what in every]
+
+
+def size(spec: Spec, key: str) -> int:
+    """Heads, units, channels or ranks."""
+    block, _, dims = key.partition(":")
+    if dims:
+        return getattr(spec.attention(block), DIMS[dims])
     what = kind(block)
     if what == "frontend":
         return spec.channels(int(block.split(".")[1]))
@@ -86,8 +102,8 @@ def size(spec: Spec, block: str) -> int:
 @functools.lru_cache(maxsize=64)
 def shapes(spec: Spec) -> dict[str, jax.ShapeDtypeStruct]:
     """Names and shapes of all gates of a model."""
-    return {name: jax.ShapeDtypeStruct((1 if what == "block" else size(spec, block),), jnp.float32)
-            for block in spec.blocks for what, name in names(spec, block).items()}
+    return {name: jax.ShapeDtypeStruct((1 if what == "block" else size(spec, key),), jnp.float32)
+            for block in spec.blocks for key in keys(spec, block) for what, name in names(spec, key).items()}
 
 
 def plain(spec: Spec) -> Spec:
@@ -96,16 +112,25 @@ def plain(spec: Spec) -> Spec:
 
 
 def emptied(spec: Spec) -> Spec:
-    """The Spec with every gate closed (one channel left in a front-end convolution)."""
-    for block in [b for b in spec.blocks if gated(spec, b)]:
-        spec = with_units(spec, block, () if kind(block) != "frontend" else (0,))
+    """The Spec with every gate closed (one channel left in a front-end convolution, and one rank)."""
+    for key in [key for b in spec.blocks for key in keys(spec, b)]:
+        spec = with_units(spec, key, range(least(key)))
     return plain(spec)
 
 
-def with_units(spec: Spec, block: str, kept) -> Spec:
-    """The Spec in which `block` keeps the units with these numbers. Heads keep their original numbers."""
-    if len(kept) == size(spec, block):
+def least(key: str) -> int:
+    """Units that are always left."""
+    return int(kind(key.partition(":")[0]) == "frontend" or ":" in key)
+
+
+def with_units(spec: Spec, key: str, kept) -> Spec:
+    """The Spec in which a group keeps the units with these numbers. Heads keep their original numbers."""
+    if len(kept) == size(spec, key):
         return spec
+    block, _, dims = key.partition(":")
+    if dims:  # the scale of the scores stays that of the original size
+        scale = {"scale": spec.attention(block).scale} if dims == "qk" else {}
+        return spec.with_block(block, **{DIMS[dims]: len(kept)}, **scale)
     field = FIELD[kind(block)]
     value = [spec.attention(block).heads[i] for i in kept] if field == "heads" else len(kept)
     return spec.with_block(block, **{field: value})
@@ -113,18 +138,21 @@ def with_units(spec: Spec, block: str, kept) -> Spec:
 
 @functools.lru_cache(maxsize=64)
 def groups(spec: Spec) -> tuple[Group, ...]:
-    """All gated blocks, front to back. Raises SpecError for a block whose units cannot be gated."""
+    """All gated units, front to back. Raises SpecError for a block whose units cannot be gated."""
     from jaxslim.models import bind  # which asks here for the names of gates
 
     have, left = bind.shapes(plain(spec)), bind.shapes(emptied(spec))
     gone = [name for name in have if name not in left]
     found = []
     for block in sorted((b for b in spec.blocks if gated(spec, b)), key=_order):
-        rows, reads, norms = _places(spec, block)
         owners = tuple(f"{name}." for role, name in roles(spec, block).items() if role != "norm")
-        rows, reads = (tuple(p for p in places if p.name in have) for places in (rows, reads))
-        found.append(Group(block, size(spec, block), rows, reads, tuple(n for n in norms if f"{n}.weight" in have),
-                           tuple(n for n in gone if n.startswith(owners))))
+        for key in keys(spec, block):
+            dims = key.partition(":")[2]
+            rows, reads, norms = _ranks(spec, block, dims) if dims else _places(spec, block)
+            rows, reads = (tuple(p for p in places if p.name in have) for places in (rows, reads))
+            found.append(Group(key, block, dims or FIELD[kind(block)], size(spec, key), rows, reads,
+                               tuple(n for n in norms if f"{n}.weight" in have),
+                               () if dims else tuple(n for n in gone if n.startswith(owners))))
     return tuple(found)
 
 
@@ -175,6 +203,27 @@ def _places(spec: Spec, block: str) -> tuple[list[Place], list[Place], list[str]
     return _out(r["up"]), _in(r["down"]), []
 
 
+def _ranks(spec: Spec, block: str, dims: str) -> tuple[list[Place], list[Place], list[str]]:
+    """As _places, for the inner dimensions of Q-K or V-O, which all heads of the block share."""
+    a, r = spec.attention(block), roles(spec, block)
+    if not a.count:
+        raise SpecError(f"Block {block} has no heads left, so no ranks to gate.")
+    if a.mixer not in (("softmax",) if dims == "qk" else HEADED):
+        what = "Q and K" if dims == "qk" else "V and O"
+        raise SpecError(f"Block {block}: mixer {a.mixer} has no product of {what}, so gates on its ranks are undefined "
+                        "there; leave the block out, or prune before linearising.")
+    if dims == "vo":
+        return _out(r["v"], lead=a.count), _in(r["o"], lead=a.count), []
+    if kind(block) == "attention" and positions.kind(spec) == "relative_key":
+        raise SpecError(f"Block {block} has relative_key positions, whose embeddings all heads share; gates on the "
+                        "ranks of Q-K are not made for them.")
+    rows, reads = _out(r["q"], lead=a.count), _out(r["k"], lead=a.count)
+    if "pos" in r:
+        rows += [Place(r["bias_u"], 1), Place(r["bias_v"], 1)]
+        reads += _out(r["pos"], lead=a.count)
+    return rows, reads, []
+
+
 # ---- from parameters to open units ----
 
 
@@ -184,17 +233,17 @@ def probability(log_alpha: jax.Array) -> jax.Array:
 
 
 def expected(spec: Spec, params: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Block -> expected number of open units, (), differentiable; the gates are independent."""
+    """Group -> expected number of open units, (), differentiable; the gates are independent."""
     found = {}
     for group in groups(spec):
-        gate = {what: probability(params[name]) for what, name in names(spec, group.block).items()}
+        gate = {what: probability(params[name]) for what, name in names(spec, group.key).items()}
         inside = [p.sum() for what, p in gate.items() if what != "block"] or [jnp.float32(group.size)]
-        found[group.block] = inside[0] * (gate["block"][0] if "block" in gate else 1.0)
+        found[group.key] = inside[0] * (gate["block"][0] if "block" in gate else 1.0)
     return found
 
 
 def sample(spec: Spec, params: Mapping[str, Any], key: jax.Array) -> dict[str, Gate]:
-    """Block -> gates drawn at random, one draw for the whole batch."""
+    """Group -> gates drawn at random, one draw for the whole batch."""
     every = shapes(spec)
     noise = jax.random.uniform(jax.random.fold_in(key, NOISE), (sum(x.shape[0] for x in every.values()),),
                                minval=1e-6, maxval=1 - 1e-6)
@@ -205,62 +254,63 @@ def sample(spec: Spec, params: Mapping[str, Any], key: jax.Array) -> dict[str, G
         return stretch((logit + params[name].astype(jnp.float32)) / TEMPERATURE)
 
     gate = {name: draw(name) for name in every}
-    return {g.block: _joined(spec, g, gate, {name: (z > 0).astype(jnp.float32) for name, z in gate.items()})
+    return {g.key: _joined(spec, g, gate, {name: (z > 0).astype(jnp.float32) for name, z in gate.items()})
             for g in groups(spec)}
 
 
 def settle(spec: Spec, params: Mapping[str, Any]) -> dict[str, Gate]:
-    """Block -> the gates of evaluation: the expected number of units open, each with the median of its values (ours;
+    """Group -> the gates of evaluation: the expected number of units open, each with the median of its values (ours;
     equation 13 of arXiv 1712.01312 leaves the temperature out, DPHuBERT multiplies by 0.8)."""
     value = {name: stretch(params[name].astype(jnp.float32) / TEMPERATURE) for name in shapes(spec)}
     kept, carry = {}, {}
     chance: dict[tuple, list[tuple[str, jax.Array]]] = {}
     for g in groups(spec):  # whole blocks: as many of a kind as are expected, the likeliest
-        if "block" in (gate := names(spec, g.block)):
-            chance.setdefault(_kin(g.block), []).append((gate["block"], probability(params[gate["block"]])))
+        if "block" in (gate := names(spec, g.key)):
+            chance.setdefault(_kin(g.key), []).append((gate["block"], probability(params[gate["block"]])))
     for found in chance.values():
         p = jnp.concatenate([p for _, p in found])
         keep = (_rank(-p) < jnp.round(p.sum())).astype(jnp.float32)
         kept |= {name: keep[i : i + 1] for i, (name, _) in enumerate(found)}
     uniform = {}
     for g in groups(spec):
-        for what, name in names(spec, g.block).items():
+        for what, name in names(spec, g.key).items():
             if what != "block":
-                uniform.setdefault(_kin(g.block), []).append(probability(params[name]).sum())
+                uniform.setdefault(_kin(g.key), []).append(probability(params[name]).sum())
     for g in groups(spec):
-        gate, kin = names(spec, g.block), _kin(g.block)
+        gate, kin = names(spec, g.key), _kin(g.key)
         for what, name in gate.items():
             if what == "block":
                 continue
             options = spec.blocks[g.block]["gates"][what]
-            tile, least = options.get("tile", 1), 1 if kind(g.block) == "frontend" else 0
+            tile = options.get("tile", 1)
             present = kept[gate["block"]][0] if "block" in gate else 1.0
             want = probability(params[name]).sum()
             if options.get("uniform"):
                 want = sum(uniform[kin]) / len(uniform[kin])
             elif kind(g.block) != "frontend":  # units of a kind cost the same in every layer
                 want = want + carry.get(kin, 0.0)
-            count = jnp.clip(tile * jnp.round(want / tile), tile if least else 0, g.size)
+            count = jnp.clip(tile * jnp.round(want / tile), tile * least(g.key), g.size)
             if not options.get("uniform"):
                 carry[kin] = jnp.where(present > 0, want - count, carry.get(kin, 0.0))
             kept[name] = (_rank(-params[name].astype(jnp.float32)) < count).astype(jnp.float32)
-    return {g.block: _joined(spec, g, {n: value[n] * kept[n] for n in names(spec, g.block).values()}, kept)
+    return {g.key: _joined(spec, g, {n: value[n] * kept[n] for n in names(spec, g.key).values()}, kept)
             for g in groups(spec)}
 
 
 def masked(spec: Spec, kept: Mapping[str, Any]) -> dict[str, Gate]:
-    """Block -> gates that are open for the units with the numbers `kept[block]`; the rest of the blocks is open."""
+    """Group -> gates that are open for the units with the numbers `kept[key]`; the rest of the groups is open."""
     state = {}
     for g in groups(spec):
         mask = np.zeros(g.size, np.float32)
-        mask[list(kept.get(g.block, range(g.size)))] = 1.0
-        state[g.block] = Gate(mask, mask)
+        mask[list(kept.get(g.key, range(g.size)))] = 1.0
+        state[g.key] = Gate(mask, mask)
     return state
 
 
-def _kin(block: str) -> tuple[str, str]:
-    """Blocks that share a rounding: the same part of the layers of one side."""
-    return block.split(".")[0], kind(block) if kind(block) != "frontend" else block
+def _kin(key: str) -> tuple[str, str]:
+    """Groups that share a rounding: the same part of the layers of one side."""
+    block, _, dims = key.partition(":")
+    return block.split(".")[0], (kind(block) if kind(block) != "frontend" else block) + dims
 
 
 def _rank(x: jax.Array) -> jax.Array:
@@ -277,7 +327,7 @@ def _joined(spec: Spec, group: Group, value: Mapping[str, Any], open: Mapping[st
     """A block's own gate times those of its units."""
     ones = jnp.ones(group.size)
     product = lambda table: functools.reduce(  # noqa: E731
-        lambda a, b: a * b, (table[name] for name in names(spec, group.block).values()), ones)
+        lambda a, b: a * b, (table[name] for name in names(spec, group.key).values()), ones)
     return Gate(product(value), product(open))
 
 
@@ -288,7 +338,7 @@ def fold(spec: Spec, params: Mapping[str, Any], state: Mapping[str, Gate]) -> di
     """Parameters of the model with its gates multiplied in: what `bind` takes, `<norm>.open` included."""
     out = {name: x for name, x in params.items() if name not in shapes(spec)}
     for group in groups(spec):
-        gate = state[group.block]
+        gate = state[group.key]
         for place in group.reads:
             x = out[place.name]
             scale = gate.value[None, :, None] * np.ones((place.lead, 1, place.inner), np.float32)
@@ -302,22 +352,24 @@ def fold(spec: Spec, params: Mapping[str, Any], state: Mapping[str, Gate]) -> di
 def cut(spec: Spec, params: Mapping[str, Any], state: Mapping[str, Gate]) -> tuple[Spec, dict[str, np.ndarray]]:
     """(Spec, parameters) without closed units and without gates. Same outputs as `fold`'s, up to rounding.
 
-    A front-end convolution keeps one channel, if need be a silent one.
+    A front-end convolution keeps one channel and an attention block one rank, if need be a silent one.
     """
     from jaxslim.models import bind
 
     state = {b: Gate(np.asarray(g.value, np.float32), np.asarray(g.open)) for b, g in state.items()}
     out = {name: np.asarray(x) for name, x in fold(spec, {k: np.asarray(v) for k, v in params.items()}, state).items()}
-    small = spec
+    small, stays = spec, {}  # (array, axis) -> entries that stay: an axis may carry heads and ranks
     for group in groups(spec):
-        kept = np.flatnonzero(state[group.block].open)
-        if not len(kept) and kind(group.block) == "frontend":
-            kept = np.array([0])
-        small = with_units(small, group.block, kept.tolist())
+        kept = np.flatnonzero(state[group.key].open)
+        kept = kept if len(kept) >= least(group.key) else np.array([0])
+        small = with_units(small, group.key, kept.tolist())
         for place in {*group.rows, *group.reads}:
-            x = out[place.name]
-            index = (np.arange(place.lead)[:, None, None] * group.size + kept[:, None]) * place.inner
-            out[place.name] = np.take(x, (index + np.arange(place.inner)).reshape(-1), place.axis)
+            mask = np.zeros((place.lead, group.size, place.inner), bool)
+            mask[:, kept] = True
+            at = place.name, place.axis
+            stays[at] = mask.reshape(-1) & stays.get(at, True)
+    for (name, axis), mask in stays.items():
+        out[name] = np.compress(mask, out[name], axis)
     small = plain(small)
     want = bind.shapes(small)
     return small, {name: out[name] if name in out else np.zeros(x.shape, np.float32) for name, x in want.items()} | {

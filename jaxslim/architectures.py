@@ -55,8 +55,9 @@ def family_of(config: Mapping[str, Any], where: str) -> tuple[str, str | None]:
     """Family and head; head None = the weights must tell. `where` names the config in errors."""
     ours = config.get("jaxslim")
     if isinstance(ours, dict):
-        return ours.get("family", ""), ours.get("head", "none")
-    named, kind = config.get("architectures") or [], config.get("model_type")
+        return str(ours.get("family", "")), str(ours.get("head", "none"))
+    named, kind = config.get("architectures") or [], str(config.get("model_type"))
+    named = list(map(str, named)) if isinstance(named, list) else [str(named)]
     for name in (a.removeprefix("Flax") for a in named):
         if name in ARCHITECTURES:
             return ARCHITECTURES[name]

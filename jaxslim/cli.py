@@ -404,9 +404,10 @@ def _curve(args, model) -> None:
 
 
 def _report(args) -> None:
-    from jaxslim import report
+    from jaxslim import pareto, report
 
-    print(report.report(args.run_folder, args.output))
+    print(report.report(args.runs[0], args.output) if len(args.runs) == 1 else
+          pareto.page(args.runs, args.output or "pareto.html"))
 
 
 def _beam_options(p: argparse.ArgumentParser) -> None:
@@ -578,9 +579,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--head", action="store_true", help="extract: the output layer (or decoder) too")
     p.add_argument("--base", help="extract: name of the base, for base_model_name_or_path")
     p.add_argument("--force", action="store_true", help="merge: though the adapter was trained on another base")
-    p = command("report", _report, "one self-contained HTML page of a run", json_output=False)
-    p.add_argument("run_folder", metavar="RUN")
-    p.add_argument("--output", help="default RUN/report.html")
+    p = command("report", _report, "one self-contained HTML page: of a run, or of several against each other",
+                json_output=False)
+    p.add_argument("runs", metavar="RUN", nargs="+", help="run folders; of several also JSON files with wer, params, "
+                   "gmacs, seconds_per_second, peak_bytes: error against cost, with the Pareto frontier")
+    p.add_argument("--output", help="default RUN/report.html; of several runs pareto.html")
     return top
 
 

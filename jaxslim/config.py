@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -11,11 +12,20 @@ from typing import Any
 import yaml
 from etils import epath
 
+from jaxslim.errors import ClearError
 from jaxslim.spec import nearest
 
 
-class ConfigError(ValueError):
+class ConfigError(ClearError):
     """A key or value of a config that cannot be used; says where and what would be accepted."""
+
+
+_SHORT = reprlib.Repr()   # aliases can make YAML's trees endless
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
+
+
+def _show(value: Any) -> str:
+    return _SHORT.repr(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +175,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9
 def parse_yaml(text: str, where: str = "YAML") -> Any:
     try:
         return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # of 2020-13-45, lists as keys, depth
         raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -212,10 +222,11 @@ def build(cls: type, tree: Any, where: str = "config") -> Any:
     """A dataclass from plain data, field types checked, unknown keys refused."""
     hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
     if not isinstance(tree, Mapping):
-        raise ConfigError(f"{where}: expected keys {sorted(fields)}, got {tree!r}.")
+        raise ConfigError(f"{where}: expected keys {sorted(fields)}, got {_show(tree)}.")
     for key in tree:
         if key not in fields:
-            raise ConfigError(f"{where}: unknown key {key!r}.{nearest(str(key), fields)} Known are {sorted(fields)}.")
+            raise ConfigError(f"{where}: unknown key {_show(key)}.{nearest(str(key), fields)} Known are "
+                              f"{sorted(fields)}.")
     missing = [n for n, f in fields.items() if n not in tree and f.default is dataclasses.MISSING
                and f.default_factory is dataclasses.MISSING]
     if missing:
@@ -242,23 +253,23 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return _convert(options[-1], value, where)
     if origin is typing.Literal:
         if value not in args:
-            raise ConfigError(f"{where}: {value!r} is none of {list(args)}.")
+            raise ConfigError(f"{where}: {_show(value)} is none of {list(args)}.")
         return value
     if dataclasses.is_dataclass(kind):
         return build(kind, value, where)
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: expected a mapping, got {value!r}.")
+            raise ConfigError(f"{where}: expected a mapping, got {_show(value)}.")
         return {k: _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if origin in (tuple, list):
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{where}: expected a list, got {value!r}.")
+            raise ConfigError(f"{where}: expected a list, got {_show(value)}.")
         return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is bool and not isinstance(value, bool) or not isinstance(value, kind) or (
             kind in (int, float) and isinstance(value, bool)):
-        raise ConfigError(f"{where}: expected {kind.__name__}, got {value!r}.")
+        raise ConfigError(f"{where}: expected {kind.__name__}, got {_show(value)}.")
     return value
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from jaxslim.errors import ClearError
 from jaxslim.models import bind
 from jaxslim.models.conformer import STYLES
 from jaxslim.models.roles import prefix, roles
@@ -15,7 +16,7 @@ from jaxslim.slim import Slim
 from jaxslim.spec import NAMES, Spec, SpecError, canonical, kind
 
 
-class ExportError(ValueError):
+class ExportError(ClearError):
     """A model that cannot take the wanted form; says which block and why."""
 
 

@@ -37,6 +37,7 @@ from jaxslim.weights import INDEX, WEIGHTS, HubError  # noqa: F401
 from jaxslim.weights import read_json as _json
 from jaxslim.weights import reason as _reason
 
+COUNTS, MOST = ("layers", "attention_heads", "n_heads"), 1000   # keys of a config, and what is never too many
 THREADS = 8  # arrays that are copied out of a file at a time
 ADAPTERS = "jaxslim_adapters"   # in config.json: the names of a model's adapters; they change no shape
 
@@ -67,6 +68,7 @@ def load(name: str | os.PathLike, *, revision: str | None = None, dtype: Any = N
         head = "causal" if family == "gpt_neox" and lm else "ctc" if family not in TEXT and lm else "none"
     if family in TEXT and head == "none" and not any("pooler." in k for k in weights):
         config["add_pooling_layer"] = False  # what transformers calls the switch; its configs do not record it
+    _check_counts(config, len(weights), path / CONFIG)
     for key in ("dtype", "torch_dtype"):  # how a file stores weights says nothing about the model
         config.pop(key, None)
     if "jaxslim" not in config:  # a stock model is stored as what it is read as
@@ -74,7 +76,7 @@ def load(name: str | os.PathLike, *, revision: str | None = None, dtype: Any = N
     try:
         spec = Spec.from_json(config) if "jaxslim" in config else Spec(config, family, head)
         want = bind.shapes(spec)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError, MemoryError, RecursionError) as error:
         detail = error if isinstance(error, SpecError) else f"{path / CONFIG} does not describe a model ({error!r})"
         raise HubError(f"{name}: {str(detail).rstrip('.')}.") from error
     weights = trim(weights, spec, want)
@@ -188,6 +190,16 @@ def _config(path: pathlib.Path, name: str) -> dict[str, Any]:
         raise HubError(f"{name} {what} no {CONFIG}. A model folder holds {CONFIG} and "
                        f"{WEIGHTS}, as transformers saves them.")
     return _json(path / CONFIG)
+
+
+def _check_counts(config: dict[str, Any], arrays: int, path: pathlib.Path) -> None:
+    """Refuses a config with more layers or heads than could be meant, before as many are built."""
+    for key, value in config.items():
+        if isinstance(value, dict) and key.endswith("_config"):
+            _check_counts(value, arrays, path)
+        elif key.endswith(COUNTS) and isinstance(value, int | float) and value > max(arrays, MOST):
+            raise HubError(f"{path}: {key} is {value}, and the weights are {arrays} arrays; the file is damaged, "
+                           "download it again.")
 
 
 def _check_vocabulary(path: pathlib.Path, spec: Spec) -> None:

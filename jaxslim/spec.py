@@ -15,6 +15,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from jaxslim.errors import ClearError
+
 VERSION = 1
 
 # The fields a block of each kind may carry. A kind is the last word of the block id without its number.
@@ -62,7 +64,7 @@ GENERATORS = ("previous", "full", "axial")   # what a row of a generative studen
 ADAPTERS = {"parallel": ("normed", "raw"), "sequential": ("output", "layer"), "merged": ("normed",)}
 
 
-class SpecError(ValueError):
+class SpecError(ClearError):
     """A Spec that cannot be built; says which block and field and what would be accepted."""
 
 

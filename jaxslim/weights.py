@@ -23,6 +23,7 @@ import numpy as np
 import safetensors
 
 from jaxslim import pickle_reader
+from jaxslim.errors import ClearError
 
 ALIGNMENT = 64
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64,
@@ -30,7 +31,7 @@ DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dt
           "U8": np.uint8, "BOOL": np.bool_, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 
 
-class HubError(ValueError):
+class HubError(ClearError):
     """A model that cannot be found, read or written; says what, where, and what to do."""
 
 
@@ -82,7 +83,7 @@ def _shards(path: pathlib.Path, name: str, kind: Kind) -> dict[str, Any]:
     if not isinstance(where, dict) or not where:
         raise HubError(f"{path / kind.index} has no weight_map; download it again.")
     shards = sorted(set(map(str, where.values())))
-    if odd := [s for s in shards if pathlib.PurePath(s).name != s]:
+    if odd := [s for s in shards if pathlib.PurePath(s).name != s or len(s) > 255]:
         raise HubError(f"{path / kind.index} lists {odd[0]!r}, which is no file of this folder; download it again.")
     if absent := [s for s in shards if not (path / s).is_file()]:
         raise HubError(f"{name} is incomplete: {len(absent)} of {len(shards)} weight files are missing "
@@ -189,8 +190,13 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     data = _bytes(path)
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets in brackets, thousands deep
         raise HubError(f"{path} is not valid JSON ({error}); copy or download it again.") from error
+    if b"\\ud" in data.lower():  # an escaped surrogate: half of a pair is no character, and cannot be written again
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise HubError(f"{path} holds half of a surrogate pair, which is no character; repair it.") from error
     if not isinstance(value, Mapping):
         raise HubError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
     return value

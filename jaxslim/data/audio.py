@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxslim.data.rows import DataError
 
+RATES = (1000, 1_000_000)   # Hz of what is taken for sound; a header that says another is damaged
 INSTALL = "reading audio needs soundfile: pip install jaxslim[audio]"
 LFS = b"version https://git-lfs.github.com/spec"
 
@@ -39,6 +40,8 @@ def load(source: bytes | str | os.PathLike, sampling_rate: int = 16000, name: st
     """
     data, name = read(source, name)
     wave, rate = decode(data, name)
+    if not RATES[0] <= rate <= RATES[1]:
+        raise AudioError(f"{name} says that it has {rate} samples a second; its header is damaged.")
     wave = wave.mean(axis=1, dtype=np.float32) if wave.shape[1] != 1 else wave[:, 0]  # (samples,)
     if not wave.size:
         raise AudioError(f"{name} holds no audio samples.")
@@ -96,8 +99,9 @@ def read(source, name=None) -> tuple[bytes, str]:
             else:
                 with open(source, "rb") as file:
                     data = file.read()
-        except KeyError as error:  # epath knows gs://, s3://, az://
-            raise AudioError(f"{name} cannot be read: no reader for {str(source).partition('://')[0]}://.") from error
+        except (KeyError, ImportError) as error:  # epath knows gs://, s3://, az://, and wants a package for each
+            why = str(error) if isinstance(error, ImportError) else f"no reader for {str(source).partition('://')[0]}://"
+            raise AudioError(f"{name} cannot be read: {why}.") from error
         except (OSError, ValueError) as error:  # ValueError: a path with a NUL byte
             raise AudioError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     else:
@@ -126,7 +130,7 @@ def decode(data: bytes, name: str) -> tuple[np.ndarray, int]:
     if sf is not None:
         try:
             return sf.read(io.BytesIO(data), dtype="float32", always_2d=True)
-        except (sf.LibsndfileError, TypeError) as error:  # TypeError: headerless RAW guessed from a name
+        except (sf.LibsndfileError, TypeError, ValueError, MemoryError) as error:  # MemoryError: a length in the header
             why = str(getattr(error, "error_string", error)).rstrip(".")
     try:
         import av
@@ -145,7 +149,7 @@ def decode(data: bytes, name: str) -> tuple[np.ndarray, int]:
             parts = [part.to_ndarray() for frame in container.decode(stream) for part in planar.resample(frame)]
             parts += [part.to_ndarray() for part in planar.resample(None)]
             rate = stream.rate
-    except (av.FFmpegError, ValueError, IndexError) as error:
+    except Exception as error:  # FFmpegError, and what the wrapper makes of a damaged header: AttributeError, ...
         if isinstance(error, AudioError):
             raise
         raise AudioError(

@@ -104,7 +104,7 @@ def read_json(folder: str | os.PathLike, name: str) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(value, dict):
         raise DataError(f"{path} must hold a JSON object, not {type(value).__name__}.")

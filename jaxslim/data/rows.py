@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxslim.errors import ClearError
+
 ALIASES = {  # first match wins
     "id": ("id", "utt_id", "utterance_id", "key"),
     "audio": ("audio", "audio_filepath", "file_name", "path", "wav", "file"),
@@ -19,7 +22,7 @@ ALIASES = {  # first match wins
 }
 
 
-class DataError(ValueError):
+class DataError(ClearError):
     """The data cannot be used as it is: the message says what is wrong, where, and what to do."""
 
 
@@ -74,14 +77,21 @@ class Rows(Sequence):
 
         source, name = self.source(i)
         wave = audio.load(source, sampling_rate, name)
-        record = self._records[i]
-        if record.get("offset") not in (None, ""):  # NeMo: a piece of a long file
-            offset = float(record["offset"])
-            start, length = round(offset * sampling_rate), record.get("duration")
-            wave = wave[start : start + round(float(length) * sampling_rate) if length else None]
+        if self._records[i].get("offset") not in (None, ""):  # NeMo: a piece of a long file
+            offset, length = self._seconds_of(i, "offset"), self._seconds_of(i, "duration")
+            start = round(offset * sampling_rate)
+            wave = wave[start : start + round(length * sampling_rate) if length else None]
             if not wave.size:
                 raise audio.AudioError(f"{name} is shorter than the row's offset of {offset:g} s.")
         return wave
+
+    def _seconds_of(self, i: int, column: str) -> float:
+        value = self._records[i].get(column)
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            if 0 <= (seconds := float(value or 0)) < 1e9:
+                return seconds
+        raise _audio_error(f"Row {self._records[i]['id']!r} of {self.name}: {column} {str(value)[:80]!r} is no number "
+                           "of seconds.")
 
     def duration(self, i: int) -> float:
         """Seconds of row i: the `duration` column if it has one, else from the file's header. Raises AudioError."""
@@ -89,7 +99,7 @@ class Rows(Sequence):
             self.source(i)  # raises
         try:
             value = float(self._records[i].get("duration") or 0)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             value = 0.0
         if math.isfinite(value) and value > 0:
             return value
@@ -97,7 +107,7 @@ class Rows(Sequence):
             from jaxslim.data import audio
 
             source, name = self.source(i)
-            self._seconds[i] = audio.seconds(source, name) - float(self._records[i].get("offset") or 0)
+            self._seconds[i] = audio.seconds(source, name) - self._seconds_of(i, "offset")
         return self._seconds[i]
 
     @property
@@ -155,8 +165,8 @@ def load_rows(data: str | os.PathLike | Rows, *, text_column: str | None = None,
         repeat, source = (1, part) if os.path.exists(part) else _repeat(part)
         try:
             table, folder = tables.read(source)
-        except OSError as error:
-            raise DataError(f"{source} cannot be read: {error.strerror or error}.") from error
+        except (OSError, ImportError) as error:  # ImportError: what gs:// or s3:// needs
+            raise DataError(f"{source} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
         if not table:
             raise DataError(f"{source} has no rows.")
         table = _rename(table, source, text_column, audio_column)
@@ -205,10 +215,14 @@ def _tidy(i: int, record: Mapping[str, Any]) -> dict:
     if isinstance(audio, Mapping):
         path = audio.get("path")
         audio = {"bytes": audio.get("bytes"), "path": path.as_py() if hasattr(path, "as_py") else path}
+        if audio["bytes"] is not None and not _encoded(audio["bytes"]):
+            audio = {"bytes": None, "path": str(audio["path"] or audio["bytes"])}
+        elif not isinstance(audio["path"], str | None):
+            audio["path"] = os.fspath(audio["path"]) if isinstance(audio["path"], os.PathLike) else str(audio["path"])
     elif isinstance(audio, (str, os.PathLike)) and os.fspath(audio):
         audio = {"bytes": None, "path": os.fspath(audio)}
-    elif audio is not None and not isinstance(audio, str):
-        audio = {"bytes": audio, "path": None}
+    elif audio is not None and not isinstance(audio, str):  # a number or list: a path that is not there, one bad row
+        audio = {"bytes": audio, "path": None} if _encoded(audio) else {"bytes": None, "path": str(audio)}
     if not audio or (not getattr(audio["bytes"], "is_valid", audio["bytes"] is not None) and not audio["path"]):
         audio = None
     name = record.get("id")
@@ -217,6 +231,10 @@ def _tidy(i: int, record: Mapping[str, Any]) -> dict:
         name = stem or f"row {i}"
     text = None if text is None else str(text)
     return {**record, "id": str(name), "audio": audio, "text": text}
+
+
+def _encoded(value) -> bool:
+    return hasattr(value, "as_buffer") or isinstance(value, (bytes, bytearray, memoryview))
 
 
 def _bytes(data) -> bytes | None:

@@ -57,7 +57,8 @@ def place(audio: list, folder) -> list:
     clips = folder / "clips"
     in_clips, out = clips.is_dir(), []
     for value in audio:
-        if hasattr(value, "keys") and {"bytes", "path"} <= set(value.keys()) and value["bytes"].as_buffer() is None:
+        if hasattr(value, "as_py") and hasattr(value, "keys") and {"bytes", "path"} <= set(value.keys()) and (
+                value["bytes"].as_buffer() is None):
             value = value["path"].as_py()  # an Arrow struct that only points to its file
         if isinstance(value, str) and value and "://" not in value and not os.path.isabs(value):
             value = os.fspath(clips / value if in_clips and not (folder / value).exists() else folder / value)
@@ -129,7 +130,7 @@ def _manifest(path) -> list[dict]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path} line {i + 1} is not valid JSON: {error}.") from error
             if not isinstance(record, dict):
                 raise DataError(f"{path} line {i + 1} is not a JSON object; one object a line is expected.")

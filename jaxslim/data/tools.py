@@ -144,8 +144,14 @@ def prepare(data: str | Rows, folder: str, *, skip: str | None = None, shards: i
         if records:
             path = target / f"part-{k:05}-of-{max(shards, 1):05}.parquet"
             buffer = io.BytesIO()
-            pq.write_table(pa.Table.from_pylist(records), buffer, row_group_size=256, compression="none")
-            path.write_bytes(buffer.getvalue())
+            try:
+                pq.write_table(pa.Table.from_pylist(records), buffer, row_group_size=256, compression="none")
+                path.write_bytes(buffer.getvalue())
+            except (pa.ArrowException, TypeError, ValueError, OverflowError, OSError) as error:
+                for file in [*files, path]:  # all or nothing
+                    epath.Path(file).unlink(missing_ok=True)
+                raise DataError(f"{rows.name}: its rows cannot go into {path} ({str(error).splitlines()[0]:.200});"
+                                " give every column values of one kind.") from error
             files.append(os.fspath(path))
             written += len(records)
     if not written:

@@ -34,8 +34,10 @@ def unsupported(spec: Spec) -> str | None:
     if spec.head == "seq2seq":
         return (f"{spec.family} is an encoder with a decoder that runs step by step; only models of one pass become a "
                 "graph in this release. Export it with --format hf and use optimum.")
-    if spec.generator is not None or (spec.blocks and (reason := torch_code.unsupported(spec))):
-        return "A generative student has no PyTorch code yet." if spec.generator is not None else reason
+    if spec.generator is not None:
+        return "A generative student generates one layer from those before it, which no graph was tried for yet."
+    if spec.blocks and (reason := torch_code.unsupported(spec)):
+        return reason
     for block in (b for b in every_block(spec) if kind(b) == "attention"):
         a = spec.attention(block)
         loop = (a.mixer if a.mixer in torch_code.RECURRENT else

@@ -33,7 +33,7 @@ def load(tmp_path):
 def test_a_recipe(load):
     r = load(RECIPE)
     assert [s.name for s in r.stages] == ["align-it", "joint", "fold"] and r.seed == 0 and r.data.test is None
-    assert r.stages[0].train.groups == {"main": Group(1e-3, 20)} and r.stages[2].train is None
+    assert r.stages[0].train.groups == {"main": Group(1e-3, warmup_steps=20)} and r.stages[2].train is None
     assert isinstance(r.stages[0].train.groups["main"].learning_rate, float)
     assert load(config.dump(r)) == r  # what a run folder keeps reads back as the same
     with pytest.raises(dataclasses.FrozenInstanceError):

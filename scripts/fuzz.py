@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import copy
 import functools
 import importlib.metadata
 import io
@@ -112,9 +113,9 @@ def change_tree(rng, tree):
     """A leaf or branch of plain data replaced, lost, doubled or renamed."""
     places = list(_places(tree))
     if not places:
-        return VALUES[rng.integers(len(VALUES))]
+        return copy.deepcopy(VALUES[rng.integers(len(VALUES))])
     node, key = places[rng.integers(len(places))]
-    how, value = int(rng.integers(4)), VALUES[rng.integers(len(VALUES))]
+    how, value = int(rng.integers(4)), copy.deepcopy(VALUES[rng.integers(len(VALUES))])
     if how == 0:
         node[key] = value
     elif how == 1:

@@ -285,8 +285,8 @@ def test_lora_on_the_factors_merges(caplog):
     with_lora = start.start(student(), None, jax.random.key(1))
     assert {k for k in with_lora.params if start.group(k) == "main"} == {k for k in with_lora.params if ".lora_" in k}
     loras = {b: set(f["lora"]) for b, f in with_lora.spec.blocks.items()}
-    for block, roles in loras.items():
-        assert not any(f"{r}_rank" in with_lora.spec.blocks[block] for r in roles) and roles
+    for block, names in loras.items():
+        assert not any(f"{r}_rank" in with_lora.spec.blocks[block] for r in names) and names
     rng = np.random.default_rng(0)
     with_lora = with_lora.replace(params={
         k: 0.2 * rng.standard_normal(v.shape).astype(np.float32) if ".lora_B" in k else v

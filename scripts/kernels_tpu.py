@@ -1,6 +1,6 @@
 """Compiles the Pallas kernels and their XLA versions for TPUs that are not there, and records which one to use.
 
-    python scripts/kernels_tpu.py [--topology v5e:2x2 ...] [--table]
+    python scripts/kernels_tpu.py [--topology v5e:2x2 ...] [--only OPERATION ...] [--table]
 
 Takes libtpu (the `tpu` extra), no TPU. Of every problem, forward and with gradients: bytes accessed, FLOPs, VMEM of a
 program, and the time that these predict on the chip (max of both by its data sheet). Rows go to
@@ -23,7 +23,8 @@ GAIN = 1.2
 PROBLEMS = [("ssd", "Mamba-2 of CALD, width 1024", (8, 1500, 16, 1, 64, 128)),
             ("ssd", "Mamba-2 from attention, width 768", (8, 1500, 12, 12, 64, 64)),
             ("causal", "Hedgehog, width 768", (8, 1500, 12, 12, 65, 128)),
-            ("causal", "elu, width 768", (8, 1500, 12, 12, 65, 64))]
+            ("causal", "elu, width 768", (8, 1500, 12, 12, 65, 64)),
+            ("attention", "splash, width 768", (8, 1500, 12, 12, 64, 64))]
 
 
 def functions(op: str, problem: tuple[int, ...]):
@@ -31,10 +32,14 @@ def functions(op: str, problem: tuple[int, ...]):
     import jax
     import jax.numpy as jnp
 
-    from jaxslim.models import pallas_scan, scan
+    from jaxslim.models import attention_kernels, layers, pallas_scan, scan
 
     rows, frames, heads, groups, size, width = problem
     f32 = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)  # noqa: E731
+    if op == "attention":
+        args = (*[f32(rows, frames, heads, width)] * 2, f32(rows, frames, heads, size))
+        plain = lambda *v: (layers.attention(*v, None, 0.125, layers.Call(attention="dense")),)  # noqa: E731
+        return plain, lambda *v: (attention_kernels.splash(*v, None, 0.125),), args, None
     cut = pallas_scan.shape(*problem)
     if isinstance(cut, str):
         raise SystemExit(f"{op} {problem}: {cut}")
@@ -72,17 +77,19 @@ def measure(fn, args, device, backward: bool) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", nargs="+", default=["v5e:2x2", "v6e:2x2"])
+    parser.add_argument("--only", nargs="+", metavar="OPERATION", help="compile only these, keep the other rows")
     parser.add_argument("--table", action="store_true", help="print the recorded rows as Markdown, compile nothing")
     args = parser.parse_args()
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     for pod in () if args.table else args.topology:
-        rows = [r for r in rows if r["topology"] != pod] + compile_all(pod)
+        rows = [r for r in rows if r["topology"] != pod or args.only and r["op"] not in args.only]
+        rows += compile_all(pod, args.only)
         RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
         CHOICES.write_text(json.dumps(choices(rows), indent=1) + "\n")
     print(table(rows))
 
 
-def compile_all(pod: str) -> list[dict]:
+def compile_all(pod: str, only) -> list[dict]:
     os.environ["JAX_PLATFORMS"] = "cpu"
     import importlib.metadata
 
@@ -90,15 +97,17 @@ def compile_all(pod: str) -> list[dict]:
 
     device, chip, rows = topology(pod)[0], CHIPS[pod.split(":")[0]], []
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-    for op, what, problem in PROBLEMS:
+    for op, what, problem in (p for p in PROBLEMS if not only or p[0] in only):
         xla, kernel, shapes, cut = functions(op, problem)
         for backward in (False, True):
             row = {"topology": pod, "device_kind": device.device_kind, "op": op, "what": what,
                    "problem": dict(zip(("B", "T", "H", "G", "P", "N"), problem, strict=True)),
-                   "pass": "forward and gradients" if backward else "forward", "chunk": cut.chunk,
-                   "vmem_bytes": int(cut.vmem(backward))}
+                   "pass": "forward and gradients" if backward else "forward",
+                   "chunk": cut and cut.chunk, "vmem_bytes": cut and int(cut.vmem(backward))}
             for name, fn in (("xla", xla), ("pallas", kernel)):
                 row[name] = found = measure(fn, shapes, device, backward)
+                if op == "attention" and name == "pallas":  # its makers give the compiler no count
+                    found |= by_arithmetic(problem, backward, found)
                 found["predicted_seconds"] = max(found["flops"] / (chip.tflops * 1e12),
                                                  found["bytes"] / (chip.bandwidth * 1e9))
             row["gain"] = row["xla"]["predicted_seconds"] / row["pallas"]["predicted_seconds"]
@@ -107,12 +116,23 @@ def compile_all(pod: str) -> list[dict]:
     return rows
 
 
+def by_arithmetic(problem: tuple[int, ...], backward: bool, found: dict) -> dict:
+    """FLOPs and bytes of splash attention, which the compiler sees as a black box: two products of T x T x K forward,
+    seven more for the gradients (scores again in both of its kernels); keys and values, or queries and gradients, are
+    read again for every block."""
+    rows, frames, heads, _, size, width = problem
+    padded, blocks = -(-frames // 128) * 128, -(-frames // 512)
+    flops = (9 if backward else 2) * 2 * rows * heads * padded**2 * (size + width) // 2
+    again = (blocks - 1) * 4 * rows * heads * padded * (size + width) * (3 if backward else 1)
+    return {"flops": max(flops, found["flops"]), "bytes": found["bytes"] + again}
+
+
 def choices(rows: list[dict]) -> dict:
-    """Device kind -> operation -> xla or pallas."""
+    """Device kind -> operation -> xla or kernel."""
     found: dict = collections.defaultdict(dict)
     for row in rows:
-        kept = found[row["device_kind"]].get(row["op"], "pallas") == "pallas" and row["gain"] >= GAIN
-        found[row["device_kind"]][row["op"]] = "pallas" if kept else "xla"
+        kept = found[row["device_kind"]].get(row["op"], "kernel") == "kernel" and row["gain"] >= GAIN
+        found[row["device_kind"]][row["op"]] = "kernel" if kept else "xla"
     return dict(found)
 
 
@@ -123,7 +143,7 @@ def table(rows: list[dict]) -> str:
     for r in rows:
         x, p = r["xla"], r["pallas"]
         cells = [r["device_kind"], f"{r['op']}: {r['what']}", r["pass"], *(f"{v['bytes'] / 1e6:,.0f}" for v in (x, p)),
-                 *(f"{v['flops'] / 1e9:,.1f}" for v in (x, p)), f"{r['vmem_bytes'] / 2**20:.1f}",
+                 *(f"{v['flops'] / 1e9:,.1f}" for v in (x, p)), f"{r['vmem_bytes'] / 2**20:.1f}" if r["vmem_bytes"] else "",
                  *(f"{1e3 * v['predicted_seconds']:.2f}" for v in (x, p)), f"{r['gain']:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxslim.models import kernels, pallas_scan, scan
+from jaxslim.models import attention_kernels, kernels, layers, pallas_scan, scan
 
 CASES = [  # frames, heads, groups, P, N, lengths
     (200, 4, 1, 8, 16, (200, 77)), (1, 2, 2, 8, 8, (1, 0)),
@@ -127,8 +127,55 @@ def test_what_runs_where(monkeypatch, caplog):
     assert kernels.recurrence("causal", 1, 10, 2, 2, 4, 4) is None
     assert "several devices" in caplog.records[-1].getMessage()
     monkeypatch.setenv(kernels.VARIABLE, "auto")
-    monkeypatch.setattr(kernels, "table", lambda: {"cpu": {"ssd": "pallas", "causal": "xla"}})
+    monkeypatch.setattr(kernels, "table", lambda: {"cpu": {"ssd": "kernel", "causal": "xla"}})
     assert kernels.wanted("ssd") and not kernels.wanted("causal")
     monkeypatch.setenv(kernels.VARIABLE, "fast")
     with pytest.raises(ValueError, match="use auto, xla, kernel"):
         kernels.wanted("ssd")
+
+
+@pytest.mark.parametrize("queries, keys, causal, masked", [
+    (150, 150, True, True), pytest.param(40, 140, False, True, marks=pytest.mark.slow),
+    pytest.param(128, 128, False, False, marks=pytest.mark.slow)])
+def test_splash_attention(queries, keys, causal, masked):
+    """In interpret mode against the plain program, values narrower than keys, with gradients."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, n, 2, size)), jnp.float32)
+               for n, size in ((queries, 16), (keys, 16), (keys, 8)))
+    mask = jnp.arange(keys) < jnp.array([keys, 9])[:, None] if masked else None
+    plain = lambda *a: layers.attention(*a, mask, 0.3, layers.Call(attention="dense"), causal=causal)  # noqa: E731
+    kernel = lambda *a: attention_kernels.splash(*a, mask, 0.3, causal, interpret=True)  # noqa: E731
+    (want, back), (have, other) = jax.vjp(plain, q, k, v), jax.vjp(kernel, q, k, v)
+    assert relative(have, want) < 1e-5
+    probe = jnp.asarray(rng.standard_normal(want.shape), jnp.float32)
+    for a, b in zip(other(probe), back(probe)):
+        assert relative(a, b) < 1e-4
+
+
+def test_the_call_for_cudnn_by_its_xla_version():
+    """The same arguments as for cuDNN give what the plain program gives: masks of keys, causal, bias."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 9, 2, 8)), jnp.float32) for _ in range(3))
+    mask, bias = jnp.arange(9) < jnp.array([9, 4])[:, None], jnp.asarray(rng.standard_normal((2, 2, 9, 9)), jnp.float32)
+    for m, b, causal in ((None, None, False), (mask, None, True), (mask, bias, False)):
+        have = attention_kernels.cudnn(q, k, v, m, 0.3, b, causal, implementation="xla")
+        want = layers.attention(q, k, v, m, 0.3, layers.Call(attention="dense"), bias=b, causal=causal)
+        assert relative(have, want) < 1e-5
+
+
+def test_attention_falls_back_with_a_reason(monkeypatch, caplog):
+    monkeypatch.setenv(kernels.VARIABLE, "kernel")
+    kernels.fall_back.cache_clear()
+    x = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
+    ask = lambda **more: kernels.attention(**{**dict(q=x, k=x, v=x, mask=None, rate=0.0, bias=None,  # noqa: E731
+                                                     causal=False), **more})
+    cases = {"cpu": [(dict(), "this is cpu")],
+             "gpu": [(dict(), None), (dict(q=x.astype(jnp.float32)), "float32"), (dict(v=x[..., :4]), "8 and 4"),
+                     (dict(rate=0.1), "dropout"), (dict(q=x[..., :4], k=x[..., :4], v=x[..., :4]), "steps of 8")],
+             "tpu": [(dict(), None), (dict(v=x[..., :4]), None), (dict(bias=x), "no bias"), (dict(rate=0.1), "dropout"),
+                     (dict(mask=jnp.ones((1, 4, 4), bool)), "every query")]}
+    for backend, tries in cases.items():
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        for changes, why in tries:
+            assert (ask(**changes) is None) == (why is not None), (backend, why)
+            assert why is None or why in caplog.records[-1].getMessage() or why == "dropout"

@@ -1,6 +1,6 @@
 """Which version of an operation runs: plain XLA, or a kernel where the recorded table has it for this device kind.
 
-The table, assets/kernels.json, is written by scripts/kernels_tpu.py: device kind -> operation -> "xla" or "pallas".
+The table, assets/kernels.json, is written by scripts/kernels_tpu.py: device kind -> operation -> "xla" or "kernel".
 What is not in it runs as XLA. The environment variable JAXSLIM_KERNELS overrules it: `xla`, `kernel` (wherever there is
 one) or `auto`, the table. A kernel that is asked for and cannot run here gives way to XLA, with one line in the log
 that says why. Read when a function is traced: set the variable before the process starts.
@@ -33,7 +33,7 @@ def wanted(op: str) -> bool:
     if choice not in CHOICES:
         raise ValueError(f"{VARIABLE}={choice!r}: use {', '.join(CHOICES)}.")
     if choice == "auto":
-        return jax.default_backend() != "cpu" and table().get(jax.devices()[0].device_kind, {}).get(op) == "pallas"
+        return jax.default_backend() != "cpu" and table().get(jax.devices()[0].device_kind, {}).get(op) == "kernel"
     return choice == "kernel"
 
 
@@ -57,3 +57,19 @@ def recurrence(op: str, rows: int, frames: int, heads: int, groups: int, size: i
     if isinstance(cut, str):
         return fall_back(op, cut)
     return functools.partial(getattr(pallas_scan, op), cut=cut)
+
+
+def attention(q, k, v, mask, rate: float, bias, causal: bool) -> Callable | None:
+    """The kernel for layers.attention on these arguments, a function of the scale; None = the XLA version."""
+    if not wanted("attention"):
+        return None
+    from jaxslim.models import attention_kernels as others
+
+    backend = jax.default_backend()
+    if backend not in ("gpu", "tpu"):
+        return fall_back("attention", f"there is one for GPU and TPU, this is {backend}")
+    run, lacks = (others.cudnn, others.cudnn_lacks) if backend == "gpu" else (others.splash, others.splash_lacks)
+    if why := lacks(q, k, v, mask, rate, bias, causal):
+        return fall_back("attention", why)
+    more = {"bias": bias} if backend == "gpu" else {}
+    return lambda scale: run(q, k, v, mask, scale, causal=causal, **more)

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxslim.models import kernels
+
 ATTENTION_BLOCK = 512  # query rows whose scores exist at the same time on CPU,
 CHUNK = 512            # frames of long audio that go through frame-wise layers at a time on CPU
 FEW_SCORES = 2**20     # unless there are no more of them than this
@@ -360,8 +362,12 @@ def attention(q, k, v, mask, scale: float, call: Call, rate: float = 0.0, bias: 
 
     `causal`: query t sees keys up to t, of as many (S = T). `bias` (B, H, T, S) is added to the scores, which then all
     exist at once. Without it, on CPU, unless all scores are few, one head and ATTENTION_BLOCK queries at a time: the
-    scores stay in the cache and memory is linear in T.
+    scores stay in the cache and memory is linear in T. On TPU and GPU a kernel takes its place where the recorded table
+    says so (kernels.py).
     """
+    if call.attention == "auto" and (kernel := kernels.attention(q, k, v, mask, call.key is not None and rate, bias,
+                                                                 causal)):
+        return kernel(scale)
     few = FEW_SCORES if call.key is None else 4 * FEW_SCORES  # the gradient of the map is slower
     whole = bias is not None or mask is not None and mask.ndim == 3
     if whole or not call.on_cpu() or q[..., 0].size * k.shape[1] <= few:

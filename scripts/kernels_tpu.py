@@ -142,8 +142,9 @@ def table(rows: list[dict]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for r in rows:
         x, p = r["xla"], r["pallas"]
+        vmem = f"{r['vmem_bytes'] / 2**20:.1f}" if r["vmem_bytes"] else ""
         cells = [r["device_kind"], f"{r['op']}: {r['what']}", r["pass"], *(f"{v['bytes'] / 1e6:,.0f}" for v in (x, p)),
-                 *(f"{v['flops'] / 1e9:,.1f}" for v in (x, p)), f"{r['vmem_bytes'] / 2**20:.1f}" if r["vmem_bytes"] else "",
+                 *(f"{v['flops'] / 1e9:,.1f}" for v in (x, p)), vmem,
                  *(f"{1e3 * v['predicted_seconds']:.2f}" for v in (x, p)), f"{r['gain']:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -96,29 +96,32 @@ def shape(rows: int, frames: int, heads: int, groups: int, size: int, width: int
 
 def ssd(x, dt, a, b, c, state=None, *, cut: Shape, interpret: bool = False):
     """scan.ssd by the kernel; `cut` from `shape`."""
-    frames = x.shape[1]
-    x, dt, b, c = (jnp.pad(v, ((0, 0), (0, cut.frames - frames)) + ((0, 0),) * (v.ndim - 2)) for v in (x, dt, b, c))
-    dt = dt.astype(jnp.float32)
+    sizes, (dt, x, b, c) = x.shape, (_padded(v, cut) for v in (dt.astype(jnp.float32), x, b, c))
     total = jnp.cumsum(scan.chunks(dt * a, cut.chunk), 2).reshape(dt.shape)
     state = jnp.zeros((cut.rows, cut.heads, cut.size, cut.width)) if state is None else state
     y, last = recurrence(cut, interpret, x, dt, total, b, c, state.astype(jnp.float32))
-    return y[:, :frames], last
+    return y[:, : sizes[1]].reshape(sizes), last
 
 
 def causal(q, k, v, state=None, *, cut: Shape, interpret: bool = False):
     """scan.causal by the kernel: no decay, weights of 1 (frames that complete the last chunk have k = 0)."""
-    frames = q.shape[1]
-    q, k, v = (jnp.pad(x, ((0, 0), (0, cut.frames - frames), (0, 0), (0, 0))) for x in (q, k, v))
-    none = jnp.zeros(q.shape[:3], jnp.float32)
+    sizes, (q, k, v) = v.shape, (_padded(x, cut) for x in (q, k, v))
+    none = jnp.zeros((cut.rows, cut.frames, cut.heads), jnp.float32)
     state = jnp.zeros((cut.rows, cut.heads, cut.size, cut.width)) if state is None else jnp.swapaxes(state, 2, 3)
     y, last = recurrence(cut, interpret, v, none + 1.0, none, k, q, state.astype(jnp.float32))
-    return y[:, :frames], jnp.swapaxes(last, 2, 3)
+    return y[:, : sizes[1]].reshape(sizes), jnp.swapaxes(last, 2, 3)
+
+
+def _padded(x, cut: Shape):
+    """(B, t, ...) -> (B, T, all the rest): side by side, as they come out of a projection, before any copy is made."""
+    x = x.reshape(*x.shape[:2], -1)
+    return jnp.pad(x, ((0, 0), (0, cut.frames - x.shape[1]), (0, 0)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def recurrence(cut: Shape, interpret: bool, x, w, total, k, q, state):
-    """x (B, T, H, P), w and total (the sum of g inside its chunk) (B, T, H), k and q (B, T, G, N), state (B, H, P, N)
-    -> y (B, T, H, P) fp32, the last state."""
+    """x (B, T, H P), w and total (the sum of g inside its chunk) (B, T, H), k and q (B, T, G N), state (B, H, P, N) ->
+    y (B, T, H P) fp32, the last state."""
     return _forward(cut, interpret, x, w, total, k, q, state, save=False)[:2]
 
 
@@ -135,8 +138,8 @@ def _forward(cut: Shape, interpret: bool, x, w, total, k, q, state, save: bool):
         cost_estimate=pl.CostEstimate(flops=2 * cut.macs(), bytes_accessed=cut.traffic(x.dtype.itemsize, save=save),
                                       transcendentals=cut.rows * cut.frames * cut.heads * (cut.chunk + 2)),
         interpret=interpret, name="jaxslim_recurrence", **_options(interpret),
-    )(_flat(x), _few(w, cut), _few(total, cut), _flat(k), _flat(q), state)
-    return y.reshape(x.shape), last, (kept[0] if save else None)
+    )(x, _few(w, cut), _few(total, cut), k, q, state)
+    return y, last, (kept[0] if save else None)
 
 
 def _save(cut, interpret, x, w, total, k, q, state):
@@ -152,16 +155,16 @@ def _backward(cut: Shape, interpret: bool, saved, grads):
     few = _few(w, cut)
     dx, dw, dtotal, dk, dq, dstate = pl.pallas_call(
         functools.partial(_backward_kernel, cut), grid=cut.grid,
-        out_shape=[like(_flat(x)), like(few), like(few), like(_flat(k)), like(_flat(q)), like(dlast)],
+        out_shape=[like(x), like(few), like(few), like(k), like(q), like(dlast)],
         in_specs=[specs[n] for n in ("x", "w", "w", "k", "k", "kept", "x", "state")],
         out_specs=[specs[n] for n in ("x", "w", "w", "k", "k", "state")],
         scratch_shapes=[pltpu.VMEM((cut.inside, cut.size, cut.width), jnp.float32)],
         cost_estimate=pl.CostEstimate(flops=2 * cut.macs(True), bytes_accessed=cut.traffic(x.dtype.itemsize, True),
                                       transcendentals=cut.rows * cut.frames * cut.heads * (cut.chunk + 2)),
         interpret=interpret, name="jaxslim_recurrence_gradient", **_options(interpret),
-    )(_flat(x), few, _few(total, cut), _flat(k), _flat(q), kept, _flat(dy), dlast)
+    )(x, few, _few(total, cut), k, q, kept, dy, dlast)
     many = lambda v: v.transpose(0, 2, 1, 3).reshape(w.shape)  # noqa: E731
-    return dx.reshape(x.shape), many(dw), many(dtotal), dk.reshape(k.shape), dq.reshape(q.shape), dstate
+    return dx, many(dw), many(dtotal), dk, dq, dstate
 
 
 recurrence.defvjp(_save, _backward)
@@ -170,10 +173,6 @@ recurrence.defvjp(_save, _backward)
 def _options(interpret: bool) -> dict:
     order = ("parallel", "parallel", "arbitrary")
     return {} if interpret else {"compiler_params": pltpu.CompilerParams(dimension_semantics=order)}
-
-
-def _flat(x):                                                            # (B, T, H, P) -> (B, T, H P)
-    return x.reshape(*x.shape[:2], -1)
 
 
 def _few(w, cut: Shape):                                                 # (B, T, H) -> (B, programs, T, heads of one)

@@ -1,7 +1,7 @@
 """`jaxslim eval MODEL --suite micro-superb`: upstreams x tasks, each result kept, so that a stopped run goes on.
 
-    OUTPUT/<role>-<fingerprint>/features-<data>/    hidden states of all clips, fp16 (data/store.py)
-    OUTPUT/<role>-<fingerprint>/<options>/TASK.json    metric, options, seconds; TASK.npz: each test item
+    OUTPUT/<fingerprint>/features-<data>/    hidden states of all clips, fp16 (data/store.py)
+    OUTPUT/<fingerprint>/<options>/TASK.json    metric, options, seconds; TASK.npz: each test item
     OUTPUT/results-<fingerprint>.json    the table of one model beside its baselines
 """
 from __future__ import annotations
@@ -112,7 +112,7 @@ class _Upstream:
     def __post_init__(self):
         self.plain = json.loads(json.dumps(config.to_dict(self.options)))
         made = hashlib.sha256(json.dumps([self.plain, self.data], sort_keys=True).encode()).hexdigest()
-        self.root = self.root / f"{self.role}-{self.upstream.fingerprint[:12]}"
+        self.root = self.root / self.upstream.fingerprint[:12]
         self.folder = self.root / made[:8]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.values: dict[str, float] = {}

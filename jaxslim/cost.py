@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from jaxslim.formulas import FORMULAS, inputs, lengths, parts
-from jaxslim.models import bind
+from jaxslim.models import bind, kernels
 from jaxslim.models.roles import FAMILIES, blocks, prefix, roles
 from jaxslim.slim import Slim
 from jaxslim.spec import Spec, SpecError
@@ -108,7 +108,8 @@ def traced_macs(spec: Spec, seconds: float = 10.0, batch: int = 1, *, attention:
     """
     lengths(spec, seconds)
     forward = functools.partial(_forward, attention=attention)
-    return jaxpr_macs(jax.make_jaxpr(forward)(Slim(spec, dict(bind.shapes(spec))), inputs(spec, seconds, batch)))
+    with kernels.PLAIN(True):
+        return jaxpr_macs(jax.make_jaxpr(forward)(Slim(spec, dict(bind.shapes(spec))), inputs(spec, seconds, batch)))
 
 
 def jaxpr_macs(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> int:

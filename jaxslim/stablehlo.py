@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxslim import hub
 from jaxslim.dense import ExportError
+from jaxslim.models import kernels
 from jaxslim.slim import Slim
 from jaxslim.stream import geometry
 
@@ -45,7 +46,8 @@ def write(model: Slim, folder: str | os.PathLike, inputs: Mapping[str, np.ndarra
         return {k: v for k, v in found.items() if v is not None}
 
     try:
-        program = jax.export.export(jax.jit(forward), platforms=PLATFORMS)(weights, shapes)
+        with kernels.PLAIN(True):  # a kernel is for one kind of device, the program for all
+            program = jax.export.export(jax.jit(forward), platforms=PLATFORMS)(weights, shapes)
     except Exception as error:  # jax names the shape that it cannot leave open
         raise ExportError(f"stablehlo: this {model.spec.family} model needs fixed shapes "
                           f"({str(error).strip().splitlines()[0][:200]}).") from error

@@ -126,6 +126,9 @@ def test_what_runs_where(monkeypatch, caplog):
     monkeypatch.setattr(jax, "device_count", lambda: 4)
     assert kernels.recurrence("causal", 1, 10, 2, 2, 4, 4) is None
     assert "several devices" in caplog.records[-1].getMessage()
+    with kernels.PLAIN(True):
+        assert not kernels.wanted("ssd")
+    assert kernels.wanted("ssd")
     monkeypatch.setenv(kernels.VARIABLE, "auto")
     monkeypatch.setattr(kernels, "table", lambda: {"cpu": {"ssd": "kernel", "causal": "xla"}})
     assert kernels.wanted("ssd") and not kernels.wanted("causal")

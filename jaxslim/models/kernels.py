@@ -19,6 +19,7 @@ import jax
 log = logging.getLogger(__name__)
 VARIABLE = "JAXSLIM_KERNELS"
 CHOICES = ("auto", "xla", "kernel")
+PLAIN = jax.make_user_context(default_value=False)   # `with PLAIN(True)`: XLA alone, for counts and exported programs
 
 
 @functools.cache
@@ -29,6 +30,8 @@ def table() -> dict[str, dict[str, str]]:
 
 def wanted(op: str) -> bool:
     """Whether the kernel of `op` should run on this process's devices."""
+    if PLAIN.value:
+        return False
     choice = os.environ.get(VARIABLE, "auto")
     if choice not in CHOICES:
         raise ValueError(f"{VARIABLE}={choice!r}: use {', '.join(CHOICES)}.")

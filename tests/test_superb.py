@@ -159,6 +159,26 @@ def test_words_from_features_that_spell(clips, tmp_path):
     assert set(info["words"]) and 0.2 < keywords.TASK.value(arrays, np.arange(25)) <= 1
 
 
+@pytest.mark.slow
+def test_the_recurrent_head_learns_to_spell(clips, tmp_path):
+    """Four frames a letter, read in pairs; padding of a batch changes no transcript."""
+    sentences = C.find(clips[0], "sentence", "train")
+    some = [c for c in (clips[0][i] for i in sentences) if c.seconds < 1.5][:48]
+    some += [c.__class__(**{**c.__dict__, "split": "test"}) for c in some[:8]]
+    alphabet = " " + recognition.LETTERS
+
+    def spelt(clip, frames):
+        return np.repeat(np.eye(len(alphabet))[[alphabet.index(x) for x in clip.text]], 4, 0)
+
+    f = features(tmp_path, some, spelt)
+    values = {}
+    for steps in (1, 80):
+        o = Options(seeds=(0,), asr_steps=steps, asr_rate=0.02, asr_units=16, asr_layers=1, batch_seconds=24)
+        arrays, info = recognition.ASR.run(f, o)
+        values[steps] = arrays["character_errors"].sum() / arrays["characters"].sum()
+    assert info["test_clips"] == 8 and values[80] < 0.6 * values[1]
+
+
 # ---- the score ----
 
 

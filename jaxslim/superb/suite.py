@@ -217,4 +217,4 @@ def _caption(result: dict[str, Any]) -> str:
     for row in result["fidelity"].get("rollout") or []:
         lines.append(f"  layer {row['layer']}: L1 {row['l1']:.3f}, with the teacher's history {row['forced_l1']:.3f}, "
                      f"cosine {row['cosine']:.3f}, CKA {row['cka']:.3f}")
-    return "\n".join([*lines, "All numbers in %; + higher is better, - lower. Not SUPERB: see docs/superb.md."])
+    return "\n".join([*lines, "Tasks and retention in %; + higher is better, - lower. Not SUPERB: see docs/superb.md."])

@@ -64,6 +64,9 @@ def inputs(spec: Spec) -> dict[str, np.ndarray]:
     return {"input_values": values, "attention_mask": mask}
 
 
+NO_RANKS = {what: tuple(unit for unit in units if unit not in gates.DIMS) for what, units in GATES.items()}
+
+
 def with_gates(model: Slim, gates_of=GATES, seed: int = 0, spread: float = 3.0, **options) -> Slim:
     """The model with every gate its blocks can have, at random."""
     spec = model.spec

@@ -25,7 +25,7 @@ def table(**changes):
 
 
 def test_interpolation():
-    spec = pruned.with_gates(pruned.model("wav2vec2")).spec
+    spec = pruned.with_gates(pruned.model("wav2vec2"), pruned.NO_RANKS).spec
     whole = float(latency.expected(table(), spec, budget.full(spec)))
     assert whole == pytest.approx(1.0 + 2 * 0.4 + 2 * 0.2 + 0.3 + 0.6)
     counts = {"encoder.0.attention": 1.0, "encoder.1.attention": 0.0, "encoder.0.ffn": 6.0, "encoder.1.ffn": 30.0,
@@ -57,7 +57,7 @@ def test_a_table_of_a_real_model_is_made_and_used(tmp_path, monkeypatch):
 
 
 def test_tables_that_do_not_belong_here(tmp_path):
-    spec, path = pruned.with_gates(pruned.model("wav2vec2")).spec, str(tmp_path / "t.json")
+    spec, path = pruned.with_gates(pruned.model("wav2vec2"), pruned.NO_RANKS).spec, str(tmp_path / "t.json")
 
     def load(value):
         (tmp_path / "t.json").write_text(value if isinstance(value, str) else json.dumps(value))

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from jaxslim import cli
+from jaxslim import arguments, cli
 from jaxslim.train import loop
 from jaxslim.train.log import wav_bytes
 
@@ -21,7 +21,7 @@ def commands(parser, prefix=""):
     return [c for a in found for n, p in a.choices.items() for c in commands(p, f"{prefix} {n}")] or [prefix.strip()]
 
 
-COMMANDS = commands(cli.parser())
+COMMANDS = commands(arguments.parser())
 
 
 @pytest.fixture

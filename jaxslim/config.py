@@ -96,6 +96,8 @@ class Train:
     buckets: tuple[float, ...] = ()            # in seconds (texts: tokens), one compiled step each; () = by data.
     #                                            Language models: one, the tokens of a row
     speed_perturb: tuple[float, ...] = ()      # e.g. [0.9, 1.0, 1.1]
+    augment: dict[str, float] = dataclasses.field(default_factory=dict)   # noise | gain | room | telephone: chance
+    join_seconds: float = 0.0                  # short clips also come joined, up to so long; 0 = never
     teacher_cache: str = ""                    # folder: the teacher's features, computed once, read instead of it
     profile_steps: int = 0                     # so many steps are traced into <run>/profile (xplane)
     max_nonfinite_steps: int = 20              # so many in a row stop the run
@@ -107,6 +109,10 @@ class Train:
         for key, known in CHOICES.items():
             if getattr(self, key) not in known:
                 raise ConfigError(f"train.{key} {getattr(self, key)!r}: use {', '.join(known[:-1])} or {known[-1]}.")
+        kinds = ("noise", "gain", "room", "telephone")
+        for key, chance in self.augment.items():
+            if key not in kinds or not 0 <= chance <= 1:
+                raise ConfigError(f"train.augment {key}: {chance}: use {', '.join(kinds)}, with a chance from 0 to 1.")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"train.ema_decay {self.ema_decay:g}: use 0 (none) or a number below 1, e.g. 0.999.")
 
@@ -151,6 +157,7 @@ class Run(Train):
     # data: a new head for the characters of the training texts. Of a new language model: model or data: their
     # characters; bytes; or the name or folder of a model with a tokenizer.json
     vocabulary: str = "model"
+    model_config: dict[str, Any] = dataclasses.field(default_factory=dict)  # changed keys: {hidden_dropout: 0.1}
     data: Data = Data()
     output_dir: str = ""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)   # of methods.finetune.Finetune

@@ -27,11 +27,12 @@ from jaxslim.data import (
     TextBatches,
     TextTask,
     TokenBatches,
+    augment,
     load_rows,
     streaming,
     task_of,
 )
-from jaxslim.data.audio import speed_perturb
+from jaxslim.data.joined import joined
 from jaxslim.data.streaming import StreamBatches
 from jaxslim.evaluate import evaluate, frame_agreement
 from jaxslim.methods import METHODS
@@ -311,12 +312,14 @@ def training_batches(data: str, task, cfg: Train, mesh, labelled: bool = True) -
         if cfg.per_device_batch_seconds:
             size = {"batch_seconds": cfg.per_device_batch_seconds * common["multiple_of"]}
         common |= size | dict(max_seconds=cfg.max_seconds, min_seconds=cfg.min_seconds, buckets=cfg.buckets or None,
-                              augment=speed_perturb(cfg.speed_perturb) if cfg.speed_perturb else None)
+                              augment=augment.build(cfg.speed_perturb, cfg.augment, task.sampling_rate))
         labels = labelled or isinstance(task, Seq2SeqTask)   # a decoder reads them
         if data.startswith(streaming.PREFIX):
             batches = StreamBatches(data, task, labels=labels, **common)
         else:
             rows = load_rows(data)
+            if cfg.join_seconds:
+                rows = joined(rows, cfg.join_seconds, cfg.seed)
             batches = Batches(rows, task, labels=labels or all(rows.column("text")), **common)
     log.info(batches.summary)
     return batches
@@ -332,7 +335,7 @@ def train(path: str, overrides: Sequence[str] = ()) -> Slim:
     if jax.process_index() == 0 and not (folder / "config.yaml").exists():
         (folder / "config.yaml").write_text(config.dump(cfg))
     name = source(cfg, folder / "initial")
-    model = hub.load(name)
+    model = scratch.changed(hub.load(name), cfg.model_config)
     task = task_of(model.spec, hub.folder(name), cfg.data.language)
     method = config.build(METHODS["train"], cfg.options, f"{path}: options")
     mesh = M.make(cfg.mesh)

@@ -8,61 +8,27 @@ from typing import Any
 import numpy as np
 
 from jaxslim import versus
-from jaxslim.data import audio
+from jaxslim.data import audio, augment
 from jaxslim.data.rows import Rows, load_rows
 
 Wave = np.ndarray
-Change = Callable[[Wave, int, np.random.Generator], Wave]
+Change = Callable[[Wave, np.random.Generator], Wave]
 
 
-def noise(wave: Wave, rate: int, rng: np.random.Generator, snr: float) -> Wave:
-    """White noise, `snr` decibels below the clip's mean power."""
-    return audio.noise(snr, snr)(wave, rng)
-
-
-def telephone(wave: Wave, rate: int, rng: np.random.Generator) -> Wave:
-    """300 to 3400 Hz at 8 kHz in eight bits (mu-law, ITU G.711), and back."""
-    from scipy import signal
-
-    band = signal.butter(4, (300, 3400), "bandpass", fs=8000, output="sos")
-    low = signal.sosfilt(band, audio.resample(wave, rate, 8000))
-    top = np.abs(low).max() or 1.0
-    squeezed = np.sign(low) * np.log1p(255 * np.abs(low / top)) / np.log(256)
-    squeezed = np.round(squeezed * 127) / 127
-    out = np.sign(squeezed) * np.expm1(np.abs(squeezed) * np.log(256)) / 255 * top
-    return _fit(audio.resample(out.astype(np.float32), 8000, rate), len(wave))
-
-
-def room(wave: Wave, rate: int, rng: np.random.Generator, rt60: float = 0.5) -> Wave:
-    """Exponentially decaying noise as the room's answer, `rt60` seconds to -60 dB, 6 dB under the direct sound."""
-    from scipy import signal
-
-    n = round(rt60 * rate)
-    tail = rng.standard_normal(n) * 10 ** (-3 * np.arange(n) / n)
-    tail[: round(0.005 * rate)] = 0
-    tail *= 0.5 / np.sqrt(np.sum(tail**2))
-    tail[0] = 1.0
-    return signal.fftconvolve(wave, tail)[: len(wave)].astype(np.float32)
-
-
-def speed(wave: Wave, rate: int, rng: np.random.Generator, factor: float) -> Wave:
+def _speed(wave: Wave, rng: np.random.Generator, factor: float) -> Wave:
     """Played faster (> 1) or slower: pitch and length change."""
     return audio.resample(wave, round(1000 * factor), 1000)
 
 
-def _fit(wave: Wave, samples: int) -> Wave:
-    return np.pad(wave, (0, max(samples - len(wave), 0)))[:samples]
-
-
 CONDITIONS: dict[str, tuple[Change | None, float]] = {  # name -> (change, factor of the length)
     "clean": (None, 1.0),
-    "noise 20 dB": (functools.partial(noise, snr=20.0), 1.0),
-    "noise 10 dB": (functools.partial(noise, snr=10.0), 1.0),
-    "noise 5 dB": (functools.partial(noise, snr=5.0), 1.0),
-    "telephone": (telephone, 1.0),
-    "room 0.5 s": (room, 1.0),
-    "speed 0.9": (functools.partial(speed, factor=0.9), 1 / 0.9),
-    "speed 1.1": (functools.partial(speed, factor=1.1), 1 / 1.1),
+    "noise 20 dB": (augment.noise(20.0, 20.0), 1.0),
+    "noise 10 dB": (augment.noise(10.0, 10.0), 1.0),
+    "noise 5 dB": (augment.noise(5.0, 5.0), 1.0),
+    "telephone": (augment.telephone(), 1.0),
+    "room 0.5 s": (augment.room(0.5, 0.5), 1.0),
+    "speed 0.9": (functools.partial(_speed, factor=0.9), 1 / 0.9),
+    "speed 1.1": (functools.partial(_speed, factor=1.1), 1 / 1.1),
 }
 
 
@@ -79,7 +45,7 @@ class Changed(Rows):
 
     def audio(self, i: int, sampling_rate: int = 16000) -> Wave:
         wave = super().audio(i, sampling_rate)
-        return wave if self.change is None else self.change(wave, sampling_rate, np.random.default_rng([self.seed, i]))
+        return wave if self.change is None else self.change(wave, np.random.default_rng([self.seed, i]))
 
     def duration(self, i: int) -> float:
         return super().duration(i) * self.stretch

@@ -170,3 +170,19 @@ def _wait() -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices("jaxslim.scratch")
+
+
+def changed(model: Slim, values: Mapping[str, Any]) -> Slim:
+    """The model with other values in its Hugging Face config, such as dropout, on which no shape depends.
+
+    Raises:
+      ConfigError: a key that the config has not, or one that changes the parameters.
+    """
+    if unknown := sorted(set(values) - set(model.spec.config)):
+        raise ConfigError(f"model_config: this {model.spec.family} model has no {unknown[0]!r}."
+                          f"{nearest(unknown[0], model.spec.config)}")
+    spec = model.spec.replace(config={**model.spec.config, **values})
+    if bind.shapes(spec) != bind.shapes(model.spec):
+        raise ConfigError(f"model_config: {dict(values)} would change the model's parameters; change only dropout, "
+                          "layerdrop, SpecAugment and the like.")
+    return model.replace(spec=spec)

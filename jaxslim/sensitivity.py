@@ -53,7 +53,7 @@ def run(path: str, output: str, overrides: Sequence[str] = ()) -> dict[str, Any]
     task = task_of(teacher.spec, hub.folder(recipe.teacher), recipe.data.language)
     first = next((s.train for s in recipe.stages if s.train), None) or Train()
     cfg = dataclasses.replace(first, per_device_batch_seconds=0.0, per_device_train_batch_size=ROWS, buckets=(),
-                              gradient_accumulation_steps=1, speed_perturb=())
+                              gradient_accumulation_steps=1, speed_perturb=(), augment={}, join_seconds=0.0)
     mesh = M.make("data=1", jax.devices()[:1])
     batches = training_batches(data, task, cfg, mesh)
     batch = {k: v for k, v in next(iter(batches)).items() if k != "row"}

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from jaxslim.data import AudioError, DataError, audio
+from jaxslim.data import AudioError, DataError, audio, augment
 
 sf = pytest.importorskip("soundfile")
 
@@ -155,13 +155,22 @@ def test_normalize_equals_transformers():
 
 def test_augmentation():
     wave = tone()[:, 0]
-    slow = audio.speed_perturb((0.8,))(wave, np.random.default_rng(0))
+    slow = augment.speed_perturb((0.8,))(wave, np.random.default_rng(0))
     assert len(slow) == pytest.approx(10000, abs=2) and hertz(slow) == pytest.approx(352, abs=3)
-    louder = audio.gain(6, 6)(wave, np.random.default_rng(0))
+    louder = augment.gain(6, 6)(wave, np.random.default_rng(0))
     assert louder.std() / wave.std() == pytest.approx(10 ** (6 / 20), rel=1e-4)
-    noisy = audio.noise(20, 20)(wave, np.random.default_rng(0))
+    noisy = augment.noise(20, 20)(wave, np.random.default_rng(0))
     assert 20 * np.log10(wave.std() / (noisy - wave).std()) == pytest.approx(20, abs=0.5)
-    chain = audio.compose(audio.speed_perturb(), audio.noise())
+    line = augment.telephone()(wave, np.random.default_rng(0))
+    assert line.shape == wave.shape and hertz(line) == pytest.approx(hertz(wave), abs=3)
+    echo = augment.room(0.3, 0.3)(wave, np.random.default_rng(0))
+    assert echo.shape == wave.shape and np.abs(echo - wave).max() > 0.01
+    both = augment.build((0.9,), {"noise": 0.0, "room": 0.5, "telephone": 0.5}, 16000)
+    assert both.stretch == pytest.approx(1 / 0.9) and len(both.steps) == 3 and augment.build((), {}, 16000) is None
+    changed = [len(set(augment.sometimes(augment.gain(6, 6), 0.5)(np.ones(1), np.random.default_rng(i))) - {1.0})
+               for i in range(200)]
+    assert 70 < sum(changed) < 130
+    chain = augment.compose(augment.speed_perturb(), augment.noise())
     assert chain.stretch == pytest.approx(1 / 0.9)
     again = [chain(wave, np.random.default_rng(3)) for _ in range(2)]
     np.testing.assert_array_equal(*again)

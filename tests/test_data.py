@@ -14,6 +14,8 @@ import pytest
 
 import jaxslim.data
 from jaxslim.data import AudioError, Batches, CTCTask, DataError, Extractor, Rows, audio, load_rows, suggest_buckets
+from jaxslim.data.augment import speed_perturb
+from jaxslim.data.joined import joined
 from jaxslim.data.loader import Prefetch
 
 sf = pytest.importorskip("soundfile")
@@ -451,7 +453,7 @@ def test_order_depends_on_seed_and_epoch_only():
 @pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize("taken", [0, 1, 5, 6, 7, 13])
 def test_exact_resume(taken, prefetch):
-    rows, augment = some_rows(_2=BAD["_2"]), audio.speed_perturb()
+    rows, augment = some_rows(_2=BAD["_2"]), speed_perturb()
     options = dict(batch_size=4, seed=3, augment=augment, prefetch=prefetch, buckets=4)
     whole = Batches(rows, TASK, epochs=3, **options)
     expected = collect(whole)
@@ -479,7 +481,7 @@ def test_resume_refuses_other_data():
 def test_hosts_share_the_same_global_batches(hosts, multiple_of):
     rows, options = (
         some_rows(_2=BAD["_2"]),
-        dict(batch_size=5, multiple_of=multiple_of, epochs=2, augment=audio.speed_perturb()),
+        dict(batch_size=5, multiple_of=multiple_of, epochs=2, augment=speed_perturb()),
     )
     alone = collect(Batches(rows, TASK, **options))
     parts = [collect(Batches(rows, TASK, host=h, hosts=hosts, **options)) for h in range(hosts)]
@@ -562,3 +564,25 @@ def test_import_is_light():
     heavy = ["soundfile", "av", "torch", "datasets", "pyarrow", "scipy"]
     code = f"import jaxslim.data, sys; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+# ---- joined clips ----
+
+
+def test_clips_of_one_speaker_are_joined():
+    records = [{"id": f"r{i}", "audio": wav(0.2 + 0.05 * i, i), "text": "abc " * (1 + i % 3) + "d",
+                "speaker": "ab"[i % 2], "duration": 0.2 + 0.05 * i} for i in range(12)]
+    rows = Rows(records, "test rows")
+    long = joined(rows, 1.5, seed=0)
+    assert len(long) > 15 and long.column("id") == joined(rows, 1.5, seed=0).column("id")
+    assert [long.column(c)[:12] for c in ("id", "text")] == [rows.column(c) for c in ("id", "text")]
+    for i in range(12, len(long)):
+        part = [rows.column("id").index(name) for name in long.column("id")[i].split("+")]
+        assert len(part) > 1 and {rows.column("speaker")[j] for j in part} == {long.column("speaker")[i]}
+        assert long.column("text")[i] == " ".join(rows.column("text")[j] for j in part)
+        wave = long.audio(i)
+        assert len(wave) / 16000 == pytest.approx(long.duration(i), abs=2e-3) and long.duration(i) <= 1.5 + 1e-6
+        np.testing.assert_array_equal(wave[: len(rows.audio(part[0]))], rows.audio(part[0]))
+        np.testing.assert_array_equal(wave[-len(rows.audio(part[-1])):], rows.audio(part[-1]))
+    batches = Batches(long, TASK, batch_size=4, epochs=1)
+    assert sorted(i for b in batches for i in b["row"] if i >= 0) == list(range(len(long)))

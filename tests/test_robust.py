@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from jaxslim import cli, robust
-from jaxslim.data import load_rows
+from jaxslim.data import augment, load_rows
 
 ROWS = load_rows("bundled:prompts-en/validation")[:3]
 RNG = np.random.default_rng(0)
@@ -16,7 +16,7 @@ def power(x):
 
 @pytest.mark.parametrize("snr", [20.0, 5.0])
 def test_noise_has_its_level(snr):
-    out = robust.noise(WAVE, 16000, RNG, snr)
+    out = augment.noise(snr, snr)(WAVE, RNG)
     assert 10 * np.log10(power(WAVE) / power(out - WAVE)) == pytest.approx(snr, abs=0.3)
 
 
@@ -24,16 +24,16 @@ def test_telephone_keeps_speech_and_drops_the_rest():
     t = np.arange(16000) / 16000
     for hertz, kept in ((1000, True), (100, False), (6000, False)):
         tone = 0.3 * np.sin(2 * np.pi * hertz * t).astype("float32")
-        mixed = robust.telephone(tone + 0.3 * np.sin(2 * np.pi * 500 * t).astype("float32"), 16000, RNG)
+        mixed = augment.telephone()(tone + 0.3 * np.sin(2 * np.pi * 500 * t).astype("float32"), RNG)
         level = abs(np.mean(mixed * np.exp(-2j * np.pi * hertz * t))) * 2
         assert (level > 0.2) if kept else (level < 0.03)
-    assert robust.telephone(WAVE[:15999], 16000, RNG).shape == (15999,)
+    assert augment.telephone()(WAVE[:15999], RNG).shape == (15999,)
 
 
 def test_room_decays_in_its_time():
     click = np.zeros(16000, "float32")
     click[100] = 1.0
-    out = robust.room(click, 16000, RNG)
+    out = augment.room(0.5, 0.5)(click, RNG)
     assert out[100] == pytest.approx(1.0, abs=1e-3) and np.abs(out[:100]).max() < 1e-6
     early, late = power(out[200:1800]), power(out[6500:8100])
     assert 10 * np.log10(early / late) == pytest.approx(60 * (6300 / 8000), abs=4)

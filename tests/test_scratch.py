@@ -102,3 +102,16 @@ def test_a_run_in_a_bucket(small, tmp_path, monkeypatch):
         assert hub.load("gs://bucket/run/final").fingerprint == model.fingerprint
         assert [r["step"] for r in L.read("gs://bucket/run") if "loss" in r] == [1, 2]
 
+
+
+def test_a_changed_config_and_augmentation(small, tmp_path):
+    trained = recipe.train(config(tmp_path, small, model=small["model"], min_seconds=0.0, buckets=[0.12, 0.7],
+                                  model_config={"hidden_dropout": 0.3}, augment={"noise": 1.0}, join_seconds=0.7))
+    assert trained.spec["hidden_dropout"] == 0.3 and hub.load(tmp_path / "run/final").spec["hidden_dropout"] == 0.3
+    model = hub.load(small["model"])
+    for values, message in (({"hidden_dropouts": 0.1}, "no 'hidden_dropouts'. Did you mean 'hidden_dropout'"),
+                            ({"hidden_size": 2 * model.spec["hidden_size"]}, "would change the model's parameters")):
+        with pytest.raises(ConfigError, match=message):
+            scratch.changed(model, values)
+    with pytest.raises(ConfigError, match="augment nois"):
+        recipe.train(config(tmp_path, small, model=small["model"], augment={"nois": 1.0}))

@@ -6,11 +6,9 @@ need.
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import math
 import os
-from collections.abc import Callable
 
 import numpy as np
 
@@ -158,65 +156,3 @@ def decode(data: bytes, name: str) -> tuple[np.ndarray, int]:
     if not parts:
         raise AudioError(f"{name} holds no audio samples.")
     return np.concatenate(parts, axis=1).T, rate
-
-
-# ---- augmentation: callables (wave, rng) -> wave; `stretch` is the largest factor by which the length can grow ----
-
-
-@dataclasses.dataclass(frozen=True)
-class speed_perturb:
-    """Plays a clip at one of `rates`, chosen at random: 0.9 is slower, longer and lower."""
-
-    rates: tuple[float, ...] = (0.9, 1.0, 1.1)
-
-    @property
-    def stretch(self) -> float:
-        return 1.0 / min(self.rates)
-
-    def __call__(self, wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        rate = self.rates[int(rng.integers(len(self.rates)))]
-        return resample(wave, round(1000 * rate), 1000)
-
-
-@dataclasses.dataclass(frozen=True)
-class gain:
-    """Changes the level by a random number of decibels (of no effect on models that normalise each clip)."""
-
-    low: float = -6.0
-    high: float = 6.0
-    stretch: float = dataclasses.field(default=1.0, init=False)
-
-    def __call__(self, wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        return wave * np.float32(10 ** (rng.uniform(self.low, self.high) / 20))
-
-
-@dataclasses.dataclass(frozen=True)
-class noise:
-    """Adds white noise at a random signal-to-noise ratio, in decibels."""
-
-    low: float = 10.0
-    high: float = 40.0
-    stretch: float = dataclasses.field(default=1.0, init=False)
-
-    def __call__(self, wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        scale = wave.std() * 10 ** (-rng.uniform(self.low, self.high) / 20)
-        return wave + rng.standard_normal(wave.shape, dtype=np.float32) * np.float32(scale)
-
-
-@dataclasses.dataclass(frozen=True, init=False)
-class compose:
-    """Several augmentations, one after another."""
-
-    steps: tuple[Callable, ...]
-
-    def __init__(self, *steps: Callable):
-        object.__setattr__(self, "steps", steps)
-
-    @property
-    def stretch(self) -> float:
-        return math.prod(getattr(step, "stretch", 1.0) for step in self.steps)
-
-    def __call__(self, wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        for step in self.steps:
-            wave = step(wave, rng)
-        return wave

@@ -43,7 +43,7 @@ class Batches:
       min_seconds, max_seconds: rows outside are left out (counted and named, not held against `max_skipped`).
       host, hosts: this process and how many there are; each gets its rows of every global batch.
       workers: decoding threads; prefetch: batches made ahead (0: none, no thread).
-      augment: (wave, numpy Generator) -> wave, as audio.speed_perturb; the generator depends on (seed, epoch, row).
+      augment: (wave, numpy Generator) -> wave, as augment.speed_perturb; the generator depends on (seed, epoch, row).
       cache_bytes: decoded clips are kept up to this size.
       max_skipped: more unusable rows than this fraction raise DataError.
       unknown: "drop_row" skips rows with characters outside the vocabulary, "error" raises.

@@ -69,8 +69,9 @@ def check(method: Method, cfg: config.Train) -> None:
     if cfg.teacher_cache and not method.cacheable():
         raise config.ConfigError(f"train.teacher_cache: {type(method).__name__} with these options does not train on "
                                  "hidden states of each clip alone; leave it out.")
-    if cfg.teacher_cache and cfg.speed_perturb:
-        raise config.ConfigError("train.teacher_cache holds features of clips as they are; leave out speed_perturb.")
+    if cfg.teacher_cache and (cfg.speed_perturb or cfg.augment or cfg.join_seconds):
+        raise config.ConfigError("train.teacher_cache holds features of clips as they are; leave out speed_perturb, "
+                                 "augment and join_seconds.")
 
 
 def attach(folder: str | os.PathLike, method: Method, teacher: Slim, batches, cfg: config.Train) -> CachedBatches:

@@ -43,7 +43,6 @@ class Group:
     """The optimiser of one group of parameters."""
 
     learning_rate: float = 1e-4
-    optimizer: str = "adamw"          # adamw | muon: hidden matrices by Muon, steps as large as AdamW's; rest AdamW
     warmup_steps: int = 0
     schedule: str = "linear"          # linear | cosine | constant, after the warm-up, down to final_factor
     final_factor: float = 0.0         # last learning rate / peak
@@ -52,6 +51,7 @@ class Group:
     beta2: float = 0.999
     eps: float = 1e-8
     every: int = 1                    # one update in so many steps; its schedule then counts updates
+    optimizer: str = "adamw"          # adamw | muon: hidden matrices by Muon, steps as large as AdamW's; rest AdamW
 
     def __post_init__(self):
         if self.every < 1:

@@ -212,6 +212,7 @@ def test_slim_runs_and_overrides_may_stand_behind_options(jaxslim, small, tmp_pa
     assert code == 2 and "options.layers: [0] then, 'all' now" in sentences(err) and "--overwrite" in err
 
 
+@pytest.mark.slow
 def test_labels_longer_than_their_frames(jaxslim, small, tmp_path):
     """Such rows weigh nothing, and that is counted; training goes on."""
     rows = [json.loads(line) for line in pathlib.Path(small["train"]).read_text().splitlines()]

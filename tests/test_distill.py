@@ -339,6 +339,7 @@ def test_other_bad_input():
             value(Generate(target_layers=(1, 2, 3), forcing=forcing), made, slow, BATCH)
 
 
+@pytest.mark.slow
 def test_the_loss_falls_on_bundled_speech(tmp_path):
     """The bundled teacher and some clips: a dozen steps bring all generated layers nearer, also in free runs."""
     name = "bundled:wav2vec2-ctc-en"

@@ -28,15 +28,26 @@ KINDS = {  # family, head, changes of the config
 
 
 @pytest.fixture(autouse=True)
-def quiet():
-    """No progress bars and no library logs."""
+def quiet(monkeypatch, tmp_path):
+    """No progress bars and no library logs. Copied code gets a folder of its own for each test: transformers goes by
+    the name of the model's folder, and does not load the second file of another model of that name."""
+    from transformers import dynamic_module_utils
     from transformers.utils import logging
+
+    def forget():
+        for name in [n for n in sys.modules if n.startswith("transformers_modules")]:
+            del sys.modules[name]
+
+    forget()
 
     level = logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
     yield
     logging.set_verbosity(level)
+    forget()
 
 
 def stock(kind):

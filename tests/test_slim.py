@@ -166,6 +166,7 @@ TREE_MODE = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_loop_of_ones_own_in_the_tree_mode_of_nnx():
     """NNX without its graph: what it is going to be by default."""

@@ -16,6 +16,12 @@ pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 N = 46
 
 
+@pytest.fixture(autouse=True)
+def awake(monkeypatch):
+    """`datasets` waits five seconds when it closes a Parquet stream, for the sake of threads of a dying process."""
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+
+
 def rows(n=N, first=0):
     return [{"id": f"r{i}", "audio": {"bytes": wav(0.2 + 0.02 * (i * 7 % 40), i), "path": f"{i}.wav"},
              "text": "abc " * (1 + i % 5)} for i in range(first, first + n)]
@@ -157,6 +163,7 @@ def test_errors(tmp_path, parquet):
         StreamBatches(parquet, TASK, seed=2, batch_size=4).set_state(other)
 
 
+@pytest.mark.slow
 def test_a_run_trains_from_a_stream_and_resumes(small, tmp_path):
     manifest = [json.loads(line) for line in open(small["train"])]
     folder = small["train"].rsplit("/", 1)[0]
@@ -166,7 +173,6 @@ def test_a_run_trains_from_a_stream_and_resumes(small, tmp_path):
     (tmp_path / "run.yaml").write_text(json.dumps({
         "model": small["model"], "data": {"train": f"stream:{tmp_path}/train.parquet"}, "max_steps": 4, "save_steps": 1,
         "per_device_train_batch_size": 4, "min_seconds": 0.0, "output_dir": str(tmp_path / "whole")}))
-    whole = recipe.train(str(tmp_path / "run.yaml"))
     part = [f"output_dir={tmp_path}/part", "groups.main.schedule=constant"]
     a = recipe.train(str(tmp_path / "run.yaml"), [f"output_dir={tmp_path}/a", "groups.main.schedule=constant"])
     with pytest.MonkeyPatch.context() as patch:
@@ -187,6 +193,5 @@ def test_a_run_trains_from_a_stream_and_resumes(small, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             recipe.train(str(tmp_path / "run.yaml"), part)
     b = recipe.train(str(tmp_path / "run.yaml"), part)
-    assert whole.params.keys() == b.params.keys()
     for k, v in a.params.items():
         np.testing.assert_array_equal(v, b.params[k], err_msg=k)

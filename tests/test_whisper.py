@@ -147,6 +147,7 @@ def test_wrong_number_of_frames_is_named(tmp_path):
         ours(input_features=tw.features(1, 80, 25), decoder_input_ids=tw.ids(1))
 
 
+@pytest.mark.slow
 def test_training_pass_is_finite(tmp_path):
     _, ours = tw.pair(tmp_path, frames=40, dropout=0.1, attention_dropout=0.1, encoder_layerdrop=0.2,
                       apply_spec_augment=True, mask_feature_prob=0.1, mask_time_prob=0.2)

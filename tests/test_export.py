@@ -44,7 +44,7 @@ def quiet(monkeypatch, tmp_path):
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "modules"), *sys.path])  # before that of an earlier test
     yield
     logging.set_verbosity(level)
     forget()

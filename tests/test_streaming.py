@@ -1,4 +1,7 @@
-"""Streamed training data: every row once an epoch, fixed shapes, exact resume, hosts in step."""
+"""Streamed training data: every row once an epoch, fixed shapes, exact resume, hosts in step.
+
+Most are slow: `datasets` waits five seconds whenever it closes a Parquet stream.
+"""
 import io
 import json
 import tarfile
@@ -14,12 +17,6 @@ from jaxslim.data.streaming import StreamBatches
 
 pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 N = 46
-
-
-@pytest.fixture(autouse=True)
-def awake(monkeypatch):
-    """`datasets` waits five seconds when it closes a Parquet stream, for the sake of threads of a dying process."""
-    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
 
 
 def rows(n=N, first=0):
@@ -45,6 +42,7 @@ def epoch(batches):
     return [(b, [batches.rows.column("id")[i] for i in b["row"] if i >= 0]) for b in batches]
 
 
+@pytest.mark.slow
 def test_every_row_once_with_its_own_audio_and_text(parquet):
     batches = StreamBatches(parquet, TASK, batch_size=4, block=16, epochs=2)
     taken = epoch(batches)
@@ -62,6 +60,7 @@ def test_every_row_once_with_its_own_audio_and_text(parquet):
             assert batch["labels"][k][batch["labels"][k] >= 0].tolist() == list(TASK.encode(table[at[name]]["text"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [0, 5, 14])
 def test_resumes_exactly(parquet, stop):
     make = lambda: StreamBatches(parquet, TASK, batch_size=4, block=16, epochs=2)  # noqa: E731
@@ -73,6 +72,7 @@ def test_resumes_exactly(parquet, stop):
     equal(whole, begun + collect(again))
 
 
+@pytest.mark.slow
 def test_reads_one_block_again_and_no_more(parquet, monkeypatch):
     first, again = (StreamBatches(parquet, TASK, batch_size=2, block=8, prefetch=0) for _ in range(2))
     for _ in range(20):
@@ -86,6 +86,7 @@ def test_reads_one_block_again_and_no_more(parquet, monkeypatch):
     assert len(read) <= 2  # the present block, and the one ahead
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hosts", [2])
 def test_hosts_run_the_same_shapes_and_share_the_rows(parquet, monkeypatch, hosts):
     """The hosts in turn: first each one's own counts are noted, then all agree on the largest."""
@@ -114,6 +115,7 @@ def test_hosts_run_the_same_shapes_and_share_the_rows(parquet, monkeypatch, host
     assert sorted(name for each in taken for _, names in each for name in names) == sorted(f"r{i}" for i in range(N))
 
 
+@pytest.mark.slow
 def test_another_number_of_hosts_goes_on_about_there(parquet, caplog):
     one, two = (StreamBatches(parquet, TASK, batch_size=4, block=8, hosts=h) for h in (1, 2))
     for _ in range(6):
@@ -149,6 +151,7 @@ def test_what_fits_no_bucket_is_counted(tmp_path):
     assert [name for name, _ in batches.skipped] == ["r9"] and "fit no bucket" in batches.skipped[0][1]
 
 
+@pytest.mark.slow
 def test_errors(tmp_path, parquet):
     with pytest.raises(DataError, match="cannot be opened as a stream"):
         StreamBatches(f"stream:{tmp_path}/none.parquet", TASK)

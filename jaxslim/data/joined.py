@@ -58,14 +58,15 @@ def joined(rows: Rows, seconds: float, seed: int = 0) -> Rows:
         for i in clips:
             pause = float(rng.uniform(*GAP))
             if part and length + pause + rows.duration(i) > seconds:
-                parts, gaps = [*parts, part], [*gaps, gap]
+                parts.append(part)
+                gaps.append(gap)
                 part, gap, length = [], [], 0.0
             if part:
                 gap.append(pause)
                 length += pause
             part.append(i)
             length += rows.duration(i)
-        if len(part) > 1:
-            parts, gaps = [*parts, part], [*gaps, gap]
+        parts.append(part)
+        gaps.append(gap)
     keep = [k for k, part in enumerate(parts) if len(part) > 1]
     return Joined(rows, [parts[k] for k in keep], [gaps[k] for k in keep])

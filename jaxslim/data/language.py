@@ -15,6 +15,7 @@ from jaxslim.data.batch import Batches
 from jaxslim.data.plan import Plan
 from jaxslim.data.rows import DataError, Rows
 from jaxslim.data.tasks import VocabularyError
+from jaxslim.data.tokenized import open_tokenizer
 
 END, UNKNOWN = "<|endoftext|>", "<unk>"
 
@@ -31,15 +32,7 @@ class CausalTask:
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, spec) -> CausalTask:
         """Reads tokenizer.json of a HF folder. Raises DataError for none, or that of another model."""
-        import tokenizers  # lazy: comes with transformers
-
-        path = os.path.join(folder, "tokenizer.json")
-        if not os.path.exists(path):
-            raise DataError(f"{folder} has no tokenizer.json; a language model needs its tokenizer there.")
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(path)
-        except Exception as error:  # the library raises plain Exception
-            raise DataError(f"{path} is no tokenizer that can be opened: {error}.") from error
+        path, tokenizer = os.path.join(folder, "tokenizer.json"), open_tokenizer(folder, "language")
         if (top := max(tokenizer.get_vocab().values(), default=0)) >= spec["vocab_size"]:
             raise DataError(f"{path} has ids up to {top}, but the model has {spec['vocab_size']} outputs.")
         end = tokenizer.token_to_id(END)

@@ -19,6 +19,19 @@ from jaxslim.spec import Spec
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
 
 
+def open_tokenizer(folder: str | os.PathLike, kind: str):
+    """tokenizers.Tokenizer of a HF folder of a `kind` model. Raises DataError for none, or a broken one."""
+    import tokenizers  # lazy: comes with transformers
+
+    path = os.path.join(folder, "tokenizer.json")
+    if not os.path.exists(path):
+        raise DataError(f"{folder} has no tokenizer.json; a {kind} model needs its tokenizer there.")
+    try:
+        return tokenizers.Tokenizer.from_file(path)
+    except Exception as error:  # the library raises plain Exception
+        raise DataError(f"{path} is no tokenizer that can be opened: {error}.") from error
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class PieceTask:
     """CTC over the pieces of a tokenizer, as ParakeetTokenizer of transformers."""
@@ -31,15 +44,7 @@ class PieceTask:
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, family: str, blank_id: int) -> PieceTask:
         """Reads tokenizer.json and what Extractor reads of a HF folder. Raises DataError."""
-        import tokenizers  # lazy: comes with transformers
-
-        path = os.path.join(folder, "tokenizer.json")
-        if not os.path.exists(path):
-            raise DataError(f"{folder} has no tokenizer.json; a {family} model needs its tokenizer there.")
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(path)
-        except Exception as error:  # the library raises plain Exception
-            raise DataError(f"{path} is no tokenizer that can be opened: {error}.") from error
+        tokenizer = open_tokenizer(folder, family)
         names = _json(folder, "tokenizer_config.json") or {}
         unknown = names.get("unk_token", "<unk>")
         unknown = tokenizer.token_to_id(unknown["content"] if isinstance(unknown, dict) else unknown or "")

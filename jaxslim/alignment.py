@@ -44,7 +44,7 @@ def best_path(scores: np.ndarray, labels: Sequence[int], blank: int) -> np.ndarr
     path = np.empty(frames, int)
     for t in range(frames - 1, -1, -1):
         path[t] = states[state]
-        state -= came[t, state]
+        state -= int(came[t, state])
     return path
 
 

@@ -10,6 +10,8 @@ import tempfile
 ROOT = pathlib.Path(__file__).parents[1]
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache/tests-xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# A third of the suite's time is LLVM's optimiser; XLA's own passes stay as they are.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Model code that transformers copies: a folder for each worker, as `transformers_modules` is one package per process
@@ -17,6 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="jaxslim-modules-")
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
+import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import tiny  # noqa: E402
@@ -51,6 +54,14 @@ def write_model(folder: pathlib.Path, **changes) -> str:
     (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(LETTERS)}))
     (folder / "preprocessor_config.json").write_text(json.dumps({"return_attention_mask": True}))
     return str(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file():
+    """Drops compiled programs after each file: each holds memory maps, of which Linux gives a process 65,530 by default;
+    a worker that runs out of them dies inside XLA."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

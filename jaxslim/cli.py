@@ -9,10 +9,12 @@ import logging
 import os
 import sys
 
-from jaxslim import arguments, commands
+from jaxslim import arguments, commands, malloc
 
 
 def main(argv: list[str] | None = None) -> int:
+    if argv is None:
+        malloc.restart()
     top = arguments.parser()
     args, rest = top.parse_known_args([_dashes(a) for a in (sys.argv[1:] if argv is None else argv)])
     if rest and not (hasattr(args, "overrides") and all("=" in a for a in rest)):

@@ -9,7 +9,7 @@ from typing import Any
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "safetensors", "numpy",
             "soundfile", "av", "soxr", "torch")
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR",
-         "XLA_PYTHON_CLIENT_PREALLOCATE", "HF_HUB_OFFLINE", "HF_HOME")
+         "XLA_PYTHON_CLIENT_PREALLOCATE", "GLIBC_TUNABLES", "HF_HUB_OFFLINE", "HF_HOME")
 
 
 # flags that let the compiler hide collectives behind compute; checked: libtpu 0.0.42 and jaxlib 0.10.2 accept them

@@ -4,8 +4,9 @@
 
 For few recordings of a voice (minutes): a recogniser learns them by heart as sentences, and new orders of their words
 make it listen to words. After aligned data augmentation (Lam et al. 2021, "On-the-Fly Aligned Data Augmentation for
-Sequence-to-Sequence ASR"), which replaces words by recordings of others; runs of one to four words, joins at the quietest
-moment between two words, a fade of 10 ms and pauses are ours. MODEL (CTC) aligns the text; rows without text are left out.
+Sequence-to-Sequence ASR"), which replaces words by recordings of others; runs of one to four words, joins at the
+quietest moment between two words, a fade of 10 ms and pauses are ours. MODEL (CTC) aligns the text; rows without text
+are left out.
 """
 from __future__ import annotations
 
@@ -101,8 +102,9 @@ def main() -> None:
         wave, text = sentence(clips, places, float(rng.uniform(1.5, args.max_seconds)), rng)
         file = io.BytesIO()
         soundfile.write(file, np.clip(wave, -1, 1), RATE, "OPUS", format="OGG")
-        rows.append({"id": f"splice/{len(rows):05}", "audio": {"bytes": file.getvalue(), "path": f"{len(rows):05}.opus"},
-                     "text": text, "duration": len(wave) / RATE})
+        name = f"{len(rows):05}"
+        rows.append({"id": f"splice/{name}", "audio": {"bytes": file.getvalue(), "path": f"{name}.opus"}, "text": text,
+                     "duration": len(wave) / RATE})
         total += len(wave) / RATE
     pq.write_table(pa.Table.from_pylist(rows), args.output)
     print(f"{args.output}: {len(rows)} clips, {total / 3600:.2f} h from {len(clips)} recordings, {len(places)} words")

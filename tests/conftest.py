@@ -58,8 +58,8 @@ def write_model(folder: pathlib.Path, **changes) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_one_file():
-    """Drops compiled programs after each file: each holds memory maps, of which Linux gives a process 65,530 by default;
-    a worker that runs out of them dies inside XLA."""
+    """Drops compiled programs after each file: each holds memory maps, of which Linux gives a process 65,530 by
+    default; a worker that runs out of them dies inside XLA."""
     yield
     jax.clear_caches()
 

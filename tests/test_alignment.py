@@ -25,6 +25,12 @@ def test_no_path_is_better(labels):
         assert collapse(path) == list(labels) and scores[range(5), path].sum() == pytest.approx(best)
 
 
+def test_a_text_with_more_states_than_a_byte_counts():
+    labels = np.arange(200) % 3 + 1
+    path = best_path(np.random.default_rng(0).normal(size=(300, 4)), labels, 0)
+    assert collapse(path) == labels.tolist()
+
+
 def test_too_much_text():
     with pytest.raises(DataError, match="4 labels need 5 frames, and there are 4"):
         best_path(np.zeros((4, 3)), [1, 1, 2, 1], 0)

@@ -1,0 +1,35 @@
+"""Large memory pages for the CPU backend.
+
+XLA takes its temporary arrays from malloc at every call, and glibc gives memory of that size back to the system at
+once: each step of a small model then waits for some 300,000 page faults, a fifth of its time. glibc reads the settings
+that stop this only when a process starts, so the command line starts itself again with them.
+"""
+from __future__ import annotations
+
+import glob
+import os
+import platform
+import sys
+
+# huge pages; one heap, which grows by 256 MiB, is never given back and serves large arrays too
+TUNABLES = ("glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:"
+            "glibc.malloc.trim_threshold=1099511627776:glibc.malloc.top_pad=268435456")
+DEVICES = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/kfd")  # GPUs and TPUs
+
+
+def wanted() -> bool:
+    """Whether this process would gain: glibc, the CPU backend, and nobody has chosen settings.
+
+    `JAXSLIM_MALLOC=system` leaves malloc as it is.
+    """
+    chosen = os.environ.get("JAX_PLATFORMS", "")
+    cpu = chosen.startswith("cpu") or not chosen and not any(glob.glob(pattern) for pattern in DEVICES)
+    return (cpu and sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
+            and "GLIBC_TUNABLES" not in os.environ and os.environ.get("JAXSLIM_MALLOC") != "system")
+
+
+def restart() -> None:
+    """Runs the present command again with large pages, in the same process, if that is wanted; nothing else is lost."""
+    if wanted() and sys.orig_argv:
+        os.environ["GLIBC_TUNABLES"] = TUNABLES
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

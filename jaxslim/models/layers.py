@@ -138,11 +138,17 @@ class TimeNorm(nnx.Module):
     def __init__(self, dim: int, eps: float = 1e-5):
         self.weight, self.bias, self.eps = param(dim), param(dim), eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:                       # (B, T, C)
-        h = x.astype(jnp.float32)
-        h = h - h.mean(1, keepdims=True)
-        h = h * jax.lax.rsqrt((h * h).mean(1, keepdims=True) + self.eps)
+    def __call__(self, x: jax.Array, moments=None) -> jax.Array:         # (B, T, C)
+        """`moments`: mean and variance (B, 1, C) of a whole clip of which `x` is a part."""
+        mean, variance = self.moments(x) if moments is None else moments
+        h = (x.astype(jnp.float32) - mean) * jax.lax.rsqrt(variance + self.eps)
         return (h * self.weight[...] + self.bias[...]).astype(x.dtype)
+
+    @staticmethod
+    def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        h = x.astype(jnp.float32)
+        mean = h.mean(1, keepdims=True)
+        return mean, ((h - mean) ** 2).mean(1, keepdims=True)
 
 
 class BatchNorm(nnx.Module):

@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxslim.models import adapters, gates, heads, positions
@@ -47,15 +48,15 @@ class ConvLayer(nnx.Module):
             gated = gates.gated(spec, f"frontend.{i}")
             self.layer_norm = L.LayerNorm(dout, gated=gated) if norm == "layer" else L.TimeNorm(dout)
 
-    def __call__(self, x):                                               # (B, T, C) -> (B, T', C')
+    def __call__(self, x, *moments):                                     # (B, T, C) -> (B, T', C')
         x = self.conv(x, self.stride)
-        return self.act(self.layer_norm(x) if self.normed else x)
+        return self.act(self.layer_norm(x, *moments) if self.normed else x)
 
 
 class FeatureExtractor(nnx.Module):
     def __init__(self, spec: Spec):
         self.conv_layers = nnx.List([ConvLayer(spec, i) for i in range(len(spec["conv_dim"]))])
-        self.framewise = spec["feat_extract_norm"] == "layer"            # group norm looks at the whole clip
+        self.framewise = spec["feat_extract_norm"] == "layer"            # group norm looks at the whole clip first
         self.stride = math.prod(spec["conv_stride"])                     # samples from frame to frame
         self.field = 1                                                   # samples that a frame sees
         for width, stride in zip(reversed(spec["conv_kernel"]), reversed(spec["conv_stride"])):
@@ -63,19 +64,42 @@ class FeatureExtractor(nnx.Module):
 
     def __call__(self, wave, call: L.Call):                              # (B, samples) -> (B, T, C)
         count = max(wave.shape[1] - self.field, 0) // self.stride + 1
-        if not (self.framewise and call.chunked(count)):
+        if not call.chunked(count):
             return self.convolve(wave)
+        moments = () if self.framewise else (self.moments(wave),)
         chunks, size = -(-count // L.CHUNK), L.CHUNK * self.stride
         wave = jnp.pad(wave, ((0, 0), (0, max(chunks * size + self.field - wave.shape[1], 0))))
         y = jax.lax.map(lambda start: self.convolve(jax.lax.dynamic_slice_in_dim(
-            wave, start, size - self.stride + self.field, 1)), jnp.arange(chunks) * size)
+            wave, start, size - self.stride + self.field, 1), *moments), jnp.arange(chunks) * size)
         return jnp.moveaxis(y, 0, 1).reshape(wave.shape[0], -1, y.shape[-1])[:, :count]
 
-    def convolve(self, wave):
-        x = wave[:, :, None]
-        for layer in self.conv_layers:
+    def convolve(self, wave, *moments):
+        first, *others = self.conv_layers
+        x = first(wave[:, :, None], *moments)
+        for layer in others:
             x = layer(x)
         return x
+
+    def moments(self, wave):
+        """Mean and variance (B, 1, C) over time of the first convolution, which is computed twice rather than kept."""
+        first = self.conv_layers[0]
+        width, stride = first.conv.weight.shape[2], first.stride
+        count, size = (wave.shape[1] - width) // stride + 1, 4 * L.CHUNK
+
+        def part(start, frames):                                         # of `frames` frames from `start` on
+            piece = jax.lax.dynamic_slice_in_dim(wave, start * stride, (frames - 1) * stride + width, 1)
+            return first.layer_norm.moments(first.conv(piece[:, :, None], stride))
+
+        whole, rest = divmod(count, size)
+        means, variances = jax.lax.map(lambda start: part(start, size), jnp.arange(whole) * size)     # (N, B, 1, C)
+        weights = np.full(whole, size / count)
+        if rest:
+            mean, variance = part(whole * size, rest)
+            means, variances = jnp.concatenate([means, mean[None]]), jnp.concatenate([variances, variance[None]])
+            weights = np.append(weights, rest / count)
+        over = lambda x: jnp.tensordot(weights.astype(np.float32), x, 1)  # noqa: E731
+        mean = over(means)
+        return mean, over(variances + (means - mean) ** 2)
 
 
 class FeatureProjection(nnx.Module):

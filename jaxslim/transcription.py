@@ -2,15 +2,17 @@
 from __future__ import annotations
 
 import glob
+import io
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from scipy.io import wavfile
 
 from jaxslim import stream, subtitles
 from jaxslim.data import DataError, Rows
@@ -26,14 +28,15 @@ SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".mp4", ".webm", ".a
 SPEECH, SILENCE, MARGIN = 0.5, 0.35, 0.2   # probability of speech; seconds that end a stretch, and are left around it
 
 
-def transcribe(model: Slim | str, files: Iterable[str | os.PathLike | bytes], *, task: Any = None,
-               source: str | None = None, dtype: Any = None, language: str | None = None, batch_size: int = 8,
-               chunk_seconds: float | None = None, context_seconds: float = 8.0, vad: bool = False, beam: Any = None,
-               progress: bool = True) -> list[dict[str, Any]]:  # fmt: skip
+def transcribe(model: Slim | str, files: Iterable[str | os.PathLike | bytes | np.ndarray | Mapping], *,
+               task: Any = None, source: str | None = None, dtype: Any = None, language: str | None = None,
+               batch_size: int = 8, chunk_seconds: float | None = None, context_seconds: float = 8.0,
+               vad: bool = False, beam: Any = None, progress: bool = True) -> list[dict[str, Any]]:  # fmt: skip
     """Transcripts of audio files of any kind, rate and length.
 
     Args:
-      files: paths, or encoded audio as bytes.
+      files: paths, encoded audio as bytes, waves (samples,) at the model's rate, or dicts of `array` and
+        `sampling_rate` as in Hugging Face datasets.
       batch_size: files of up to 30 s go so many at a time, sorted by length, if the model takes an attention mask.
       chunk_seconds: of CTC models, audio that goes through the model at a time, in memory that does not grow with the
         file's length; 0 is one pass over the whole file, None is one pass up to three minutes and chunks of a minute
@@ -47,11 +50,11 @@ def transcribe(model: Slim | str, files: Iterable[str | os.PathLike | bytes], *,
       included for CTC); of character CTC models `words` too: dicts of word, start, end (seconds); of Whisper
       `segments`: dicts of start, end, text. A file that cannot be used has `error` (a sentence) and `text` None.
     """
-    if isinstance(files, (str, os.PathLike, bytes)):
+    if isinstance(files, (str, os.PathLike, bytes, Mapping)) or isinstance(files, np.ndarray) and files.ndim == 1:
         files = [files]
-    files = list(files)
-    names = [f"audio {i}" if isinstance(f, bytes) else os.fspath(f) for i, f in enumerate(files)]
     model, _, task = resolve(model, Rows([]), task, source, None, language)
+    files = [_encoded(f, task.sampling_rate) for f in files]
+    names = [f"audio {i}" if isinstance(f, bytes) else os.fspath(f) for i, f in enumerate(files)]
     forward = decoder(model, task, None, dtype, timed=False, scores=beam is not None)
     out: list[dict[str, Any]] = [{"file": name, "text": None, "duration": None, "seconds": None} for name in names]
     data = Rows([{"id": str(i), "audio": f} for i, f in enumerate(files)])
@@ -85,6 +88,17 @@ def transcribe(model: Slim | str, files: Iterable[str | os.PathLike | bytes], *,
             out[i]["error"] = (f"{names[i]}: {out[i]['duration']:.0f} s of audio do not fit in memory; transcribe it "
                                "in chunks (chunk_seconds).")
     return out
+
+
+def _encoded(audio, rate: int):
+    """Waves as the bytes of a float WAV file, anything else as it is."""
+    if isinstance(audio, Mapping):
+        audio, rate = np.asarray(audio["array"]), int(audio["sampling_rate"])
+    if not isinstance(audio, np.ndarray):
+        return audio
+    file = io.BytesIO()
+    wavfile.write(file, rate, audio.astype(np.float32))
+    return file.getvalue()
 
 
 def _seconds(data: Rows, i: int) -> float:

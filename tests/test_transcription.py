@@ -28,6 +28,13 @@ def singles(folder):
     return [transcribe(MODEL, str(folder / f"{i}.wav"), source=NAME)[0] for i in range(5)]
 
 
+def test_waves_and_rows_of_datasets(singles):
+    again = np.repeat(WAVES[1], 2)  # at 32 kHz
+    rows = transcribe(MODEL, [WAVES[0], {"array": again, "sampling_rate": 32000}], source=NAME, progress=False)
+    assert rows[0]["text"] == singles[0]["text"] and rows[1]["duration"] == pytest.approx(singles[1]["duration"])
+    assert transcribe(MODEL, WAVES[0], source=NAME, progress=False)[0]["text"] == singles[0]["text"]
+
+
 def test_batches_say_what_single_files_say_and_bad_files_do_not_stop_them(folder, singles):
     (folder / "bad").mkdir(exist_ok=True)
     bad = folder / "bad" / "x.wav"

@@ -15,7 +15,7 @@ def run(tmp_path_factory):
     few += [f"{name}.train.per_device_batch_seconds=6" for name in ("prune", "align", "cald", "adapter")]
     few += [f"{name}.train.buckets=[3.0]" for name in ("prune", "align", "cald", "adapter")]
     few += [f"{name}.train.max_seconds=3.0" for name in ("prune", "align", "cald", "adapter")]
-    summary = recipe.run("configs/combined.yaml", folder, [*few, "lowrank.options.frames=2000", "bench_seconds=[]",
+    summary = recipe.run("configs/smallest.yaml", folder, [*few, "lowrank.options.frames=2000", "bench_seconds=[]",
                                                            "data.test=bundled:prompts-en/validation"])
     return folder, summary
 

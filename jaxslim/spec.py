@@ -56,7 +56,9 @@ MIXERS = {"softmax": {}, "linformer": {"length": 512, "features": 256, "sharing"
           "elu": LINEAR, "t2r": {"features": 64, **LINEAR}, "hedgehog": {"features": 64, **LINEAR},
           "mamba2": {**RECURRENT, "head_dim": 64, "state": 128, "groups": 1, "chunk": 64},
           "mamba": {**RECURRENT, "state": 16, "rank": 0, "chunk": 32},    # rank 0 = a sixteenth of the width
-          "gated_deltanet": {**RECURRENT, "head_dim": 64, "chunk": 64}}
+          "gated_deltanet": {**RECURRENT, "head_dim": 64, "chunk": 64},
+          "gla": {"direction": "sum", "inner": 0, "bias": False, "head_dim": 64, "key_dim": 64, "rank": 16, "tau": 16,
+                  "chunk": 64}}                                           # bias of the output alone
 
 
 GENERATORS = ("previous", "full", "axial")   # what a row of a generative student sees

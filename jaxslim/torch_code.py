@@ -36,7 +36,7 @@ SHAPES = {"mixer", "options", "heads", "qk_dim", "v_dim", "scale"}  # fields tha
 ANY = SHAPES | {"lora", "adapter", "q_rank", "k_rank", "v_rank", "o_rank"}   # WavLM's reads its linears' weights
 WRITTEN = {**dict.fromkeys(("frontend", "conv"), {"channels"}), "attention": ANY, "generator": Generator._fields,
            "ffn": {"units", "up_rank", "down_rank", "lora", "adapter"}}
-RECURRENT = ("mamba2", "mamba", "gated_deltanet")
+RECURRENT = ("mamba2", "mamba", "gated_deltanet", "gla")
 ROLES = ("owner", "q", "k", "v", "o", "pos", "bias_u", "bias_v", "up", "down", "conv", "inner", "norm")
 TEXT = ("bert", "roberta", "distilbert")
 # Ending of an architecture -> the Auto class that opens it.

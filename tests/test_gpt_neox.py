@@ -161,8 +161,8 @@ def test_sampling_rules_out_what_transformers_does(temperature, top_k, top_p):
 
 @pytest.mark.parametrize("make", [lambda: converted("mamba2", (0,)), *(
     pytest.param(make, marks=pytest.mark.slow) for make in (
-        lambda: converted("mamba2"), lambda: converted("mamba"), lambda: converted("gated_deltanet")))],
-                         ids=["hybrid", "mamba2", "mamba", "gated_deltanet"])
+        lambda: converted("mamba2"), lambda: converted("mamba"), lambda: converted("gated_deltanet"),
+        lambda: converted("gla")))], ids=["hybrid", "mamba2", "mamba", "gated_deltanet", "gla"])
 def test_generation_of_converted_models(make):
     """Tokens are those of the full pass on ever longer texts, left padding or not; sampling repeats by its seed."""
     model = make()

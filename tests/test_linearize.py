@@ -346,7 +346,8 @@ TEXT = dict(vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_he
     ("roberta", "linformer", {"length": 40, "features": 5}),
     pytest.param("wavlm", "mamba2", {"chunk": 16}, marks=pytest.mark.slow),
     pytest.param("wav2vec2-conformer", "hedgehog", {}, marks=pytest.mark.slow),
-    pytest.param("distilbert", "gated_deltanet", {"chunk": 16}, marks=pytest.mark.slow)])
+    pytest.param("distilbert", "gated_deltanet", {"chunk": 16}, marks=pytest.mark.slow),
+    pytest.param("roberta", "gla", {"chunk": 16}, marks=pytest.mark.slow)])
 def test_both_objectives_on_other_families(family, mixer, options):
     """A gradient reaches every new parameter, whatever the family's names, by both objectives."""
     if family in ("roberta", "distilbert"):

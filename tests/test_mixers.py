@@ -26,12 +26,15 @@ CASES = {  # name -> mixer, options; hidden size 32, 4 heads of 8
     "mamba": ("mamba", {"state": 4, "chunk": 16}),
     "mamba causal": ("mamba", {"state": 4, "chunk": 16, "direction": "causal", "rank": 3}),
     "gated_deltanet": ("gated_deltanet", {**SMALL, "direction": "sum"}),
+    "gla": ("gla", {**SMALL, "key_dim": 4, "rank": 3, "tau": 4}),
+    "gla causal": ("gla", {**SMALL, "key_dim": 8, "chunk": 32, "direction": "causal", "bias": True, "inner": 48}),
     "gated_deltanet causal": ("gated_deltanet", {**SMALL, "direction": "causal", "bias": True}),
 }
-ALIKE = ("linformer kv", "t2r", "mamba2 causal", "mamba causal", "gated_deltanet causal", "causal")  # parts of others
+ALIKE = ("linformer kv", "t2r", "mamba2 causal", "mamba causal", "gated_deltanet causal", "causal",
+         "gla causal")  # parts of others
 CASE = pytest.mark.parametrize("name", CASES)
 MOST = pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in ALIKE else n for n in CASES])
-CAUSAL = ["causal window", "mamba2 causal", *(pytest.param(n, marks=pytest.mark.slow) for n in (
+CAUSAL = ["causal window", "mamba2 causal", "gla causal", *(pytest.param(n, marks=pytest.mark.slow) for n in (
     "causal", "mamba causal", "gated_deltanet causal"))]
 
 
@@ -124,6 +127,19 @@ def one_gated_deltanet(x, p, o):
         kk = np.eye(size) - beta[t][:, None, None] * k[t][:, :, None] * k[t][:, None]
         s = np.exp(g[t])[:, None, None] * kk @ s + beta[t][:, None, None] * k[t][:, :, None] * v[t][:, None]
         y.append((s * (q[t] * size**-0.5)[:, :, None]).sum(1))
+    return (norm(np.stack(y), p["norm.weight"]).reshape(len(x), -1) * silu(z)) @ p["out_proj.weight"].T + p.get(
+        "out_proj.bias", 0)
+
+
+def one_gla(x, p, o):
+    inner, keys = p["out_proj.weight"].shape[1], p["gk_proj.bias"].size
+    z, q, k, v, low = np.split(x @ p["in_proj.weight"].T + p["in_proj.bias"], np.cumsum([inner, keys, keys, inner]), -1)
+    alpha = sigmoid(low @ p["gk_proj.weight"].T + p["gk_proj.bias"]) ** (1 / o.get("tau", 16))
+    q, k, v, alpha = (h.reshape(len(x), inner // 8, -1) for h in (q, k, v, alpha))
+    y, s = [], np.zeros((inner // 8, o["key_dim"], 8))
+    for t in range(len(x)):
+        s = alpha[t][:, :, None] * s + k[t][:, :, None] * v[t][:, None]
+        y.append((s * (q[t] * o["key_dim"]**-0.5)[:, :, None]).sum(1))
     return (norm(np.stack(y), p["norm.weight"]).reshape(len(x), -1) * silu(z)) @ p["out_proj.weight"].T + p.get(
         "out_proj.bias", 0)
 
@@ -333,6 +349,31 @@ def test_what_a_conversion_copies(name):
     assert (kernel.sum((1, 2)) == 1).all() and kernel[:, 0, 3 if name == "hydra" else -1].all()
 
 
+def test_a_conversion_to_gated_linear_attention_starts_as_linear_attention():
+    """q, k, v and o are attention's, the output gate is 1, the decays are nearly none; heads with fewer keys too."""
+    for fields, direction in ((dict(qk_dim=5), "causal"), ({}, "sum")):
+        before = SPEC.with_block(BLOCK, **fields)
+        teacher = tiny.slim(before)
+        spec, new, origins = convert.convert(before, BLOCK, "gla", {"direction": direction, "rank": 3}, teacher.params,
+                                             "attention", np.random.default_rng(0))
+        assert spec.attention(BLOCK).options["key_dim"] == fields.get("qk_dim", 8)
+        assert {k: v.shape for k, v in new.items()} == {k: v.shape for k, v in bind.shapes(spec).items() if k in new}
+        assert {k.rpartition("fwd.")[2] for k in new if origins[k] == "new" and "fwd." in k} == {
+            "gk_proj.weight", "norm.weight"}
+        gone = [k for k in teacher.params if OWNER in k]
+        params = {k: v for k, v in teacher.params.items() if k not in gone} | new
+        block = bind.submodule(bind.bind(spec, params), OWNER)
+        old = {k.removeprefix(OWNER + "."): np.asarray(teacher.params[k], np.float64) for k in gone}
+        x, mask = inputs(45)
+        q, k, v = ((x[0] @ old[f"{r}_proj.weight"].T + old[f"{r}_proj.bias"]).reshape(45, 4, -1) for r in "qkv")
+        scores = np.einsum("thk,shk->hts", q, k) * q.shape[-1] ** -0.5
+        sums = [np.einsum("hts,shk->thk", part, v) for part in (np.tril(scores), np.triu(scores))]
+        sums = sums[: 1 + (direction == "sum")]
+        want = sum(norm(y, 1.0).reshape(45, -1) @ old["out_proj.weight"].T for y in sums) / len(sums)
+        have = run(block, x, mask)[0]
+        assert np.abs(have - want - old["out_proj.bias"]).max() < 0.05 * np.abs(want).max()
+
+
 def test_new_values_are_as_the_authors_draw_them():
     rng = np.random.default_rng(0)
     o = {**MIXERS["mamba2"], "direction": "causal"}
@@ -358,6 +399,11 @@ def test_new_values_are_as_the_authors_draw_them():
     ("mamba2", {"direction": "both"}, "no direction 'both'"),
     ("mamba2", {"head_dim": 7}, "32 channels do not make heads of 7 in 1 groups; change head_dim, groups or inner"),
     ("gated_deltanet", {"head_dim": 8, "chunk": 24}, "chunk 24 is no power of two"),
+    ("gla", {"head_dim": 8, "chunk": 24}, "encoder.1.attention: mixer gla: chunk 24 is no power of two"),
+    ("gla", {"head_dim": 8, "tau": 0}, "mixer gla: tau 0; it must be positive"),
+    ("gla", {"head_dim": 8, "rank": -1}, "mixer gla: rank -1; it must be positive"),
+    ("gla", {"head_dim": 7}, "mixer gla: 32 channels do not make heads of 7"),
+    ("gla", {"conv": 4}, "mixer gla has no option 'conv'"),
     ("linformer", {"sharing": "all"}, "sharing 'all' of linformer is none of"),
     ("elu", {"window": -1}, "window -1; it is a number of frames"),
     ("elu", {"features": 3}, "mixer elu has no option 'features'"),
@@ -379,6 +425,9 @@ def test_other_bad_input():
         convert.convert(factored, BLOCK, "mamba2", {}, tiny.slim(factored).params, "attention", None)
     with pytest.raises(SpecError, match="mamba2 has no q, k, v, o, so no rank"):
         bind.shapes(SPEC.with_block(BLOCK, mixer="mamba2", options={"head_dim": 8}, q_rank=2))
+    with pytest.raises(SpecError, match="cannot have key_dim=4, not 8; leave them out, or use init: random"):
+        convert.convert(SPEC, BLOCK, "gla", {"key_dim": 4}, tiny.slim(SPEC).params, "attention",
+                        np.random.default_rng(0))
     with pytest.raises(SpecError, match="cannot have state=5, not 8; leave them out, or use init: random"):
         convert.convert(SPEC, BLOCK, "mamba2", {"state": 5}, tiny.slim(SPEC).params, "attention",
                         np.random.default_rng(0))
@@ -399,6 +448,7 @@ def test_sharding_rules_of_mixer_leaves():
                 split[leaf.removeprefix(OWNER + ".").partition(".")[2] or leaf.rpartition(".")[2]] = M.spec_for(
                     leaf, want.shape, devices)
     assert split["in_proj.weight"] == split["x_proj.weight"] == split["fc_D.weight"] == P(None, "fsdp")
-    assert split["out_proj.weight"] == P("fsdp", "tensor") and split["dt_proj.weight"] == P("fsdp")
-    for leaf in ("A_log", "D", "dt_bias", "norm.weight", "conv1d.weight", "conv1d.bias", "E", "F"):
+    assert split["out_proj.weight"] == P("fsdp", "tensor") and split["dt_proj.weight"] == split[
+        "gk_proj.weight"] == P("fsdp")
+    for leaf in ("A_log", "D", "dt_bias", "norm.weight", "conv1d.weight", "conv1d.bias", "gk_proj.bias", "E", "F"):
         assert split[leaf] == P(), leaf

@@ -64,6 +64,21 @@ def delta(q, k, v, beta, g):
     return np.stack(ys, 1), s
 
 
+def gla_inputs(rng, t=T):
+    g = -softplus(3 * rng.standard_normal((B, t, H, N)))
+    g[:, :, 0] *= 30.0  # of one head strong and weak decays in turn, where a difference of long sums would lose digits
+    return dict(q=rng.standard_normal((B, t, H, N)), k=rng.standard_normal((B, t, H, N)),
+                v=rng.standard_normal((B, t, H, P)), g=g)
+
+
+def gla(q, k, v, g):
+    s, ys = np.zeros((B, H, N, P)), []
+    for t in range(q.shape[1]):
+        s = np.exp(g[:, t])[..., None] * s + k[:, t, :, :, None] * v[:, t, :, None]
+        ys.append((s * q[:, t, :, :, None]).sum(2))
+    return np.stack(ys, 1), s
+
+
 def causal_inputs(rng, t=T):
     return dict(q=rng.random((B, t, H, N)), k=rng.random((B, t, H, N)), v=rng.standard_normal((B, t, H, P)))
 
@@ -77,7 +92,8 @@ def causal(q, k, v):
 
 
 CASES = {"ssd": (ssd, ssd_inputs, ("dt",)), "selective": (selective, selective_inputs, ("dt",)),
-         "delta": (delta, delta_inputs, ("beta", "g")), "causal": (causal, causal_inputs, ("k",))}
+         "delta": (delta, delta_inputs, ("beta", "g")), "causal": (causal, causal_inputs, ("k",)),
+         "gla": (gla, gla_inputs, ("k", "g"))}
 CASE = pytest.mark.parametrize("name", CASES)
 
 
@@ -146,7 +162,7 @@ def test_padding_in_both_directions(name):
             near(state[row], want[1][row], 1e-5)
 
 
-@pytest.mark.parametrize("name", ["ssd", "delta", *(pytest.param(n, marks=pytest.mark.slow) for n in (
+@pytest.mark.parametrize("name", ["ssd", "delta", "gla", *(pytest.param(n, marks=pytest.mark.slow) for n in (
     "selective", "causal"))])
 def test_in_pieces(name):
     """The state carried from piece to piece, frame by frame too, and by `segments`."""
@@ -174,10 +190,17 @@ def test_in_pieces(name):
 def test_macs_by_formula(name):
     formula = {"ssd": lambda t: scan.ssd_macs(t, H, P, G, N, 16),
                "selective": lambda t: scan.selective_macs(t, P, N, 16),
-               "delta": lambda t: scan.delta_macs(t, H, N, P, 16), "causal": lambda t: scan.causal_macs(t, H, N, P, 16)}
+               "delta": lambda t: scan.delta_macs(t, H, N, P, 16), "causal": lambda t: scan.causal_macs(t, H, N, P, 16),
+               "gla": lambda t: scan.gla_macs(t, H, N, P, 16)}
     for t in (16, 45):
         traced = cost.jaxpr_macs(jax.make_jaxpr(functools.partial(chunked, name))(draw(name, t)))
         assert traced == B * formula[name](t)
+
+
+def test_macs_of_secondary_chunks():
+    for chunk in (8, 32, 64):
+        run = functools.partial(chunked, "gla", chunk=chunk)
+        assert cost.jaxpr_macs(jax.make_jaxpr(run)(draw("gla", 70))) == B * scan.gla_macs(70, H, N, P, chunk)
 
 
 def test_strong_decay_and_no_decay():
@@ -188,6 +211,22 @@ def test_strong_decay_and_no_decay():
         scaled = inputs | {"a": inputs["a"] * scale}
         y, grads = jax.jit(jax.value_and_grad(lambda i: scan.ssd(**i)[0].sum()))(scaled)
         assert np.isfinite(y) and all(np.isfinite(g).all() for g in grads.values())
+
+
+def test_gated_linear_attention_forgets_all_at_once_or_nothing():
+    """A gate that is shut is a start from nothing, without NaN; open gates are linear attention."""
+    inputs = {k: jnp.asarray(v, jnp.float32) for k, v in gla_inputs(np.random.default_rng(2), 30).items()}
+    shut = inputs | {"g": jnp.zeros_like(inputs["g"]).at[:, 21].set(-jnp.inf)}
+
+    def loss(inputs):
+        y = scan.gla(**inputs, chunk=8)[0]
+        return (y**2).sum(), y
+
+    grads, y = jax.jit(jax.grad(loss, has_aux=True))(shut)
+    assert all(np.isfinite(g).all() for g in grads.values())
+    parts = {k: v for k, v in inputs.items() if k != "g"}
+    before, after = ({k: v[:, a:b] for k, v in parts.items()} for a, b in ((0, 21), (21, 30)))
+    near(y, np.concatenate([causal(**part)[0] for part in (before, after)], 1), 1e-5)
 
 
 def test_unit_inverse():

@@ -16,7 +16,8 @@ from jaxslim.transcription import transcribe
 MIXERS = {"pre-norm": (dict(), [("mamba2", {"direction": "causal", "head_dim": 8, "state": 6, "chunk": 8}),
                                 ("t2r", {"features": 5, "causal": True, "window": 6})]),
           "post-norm": (dict(do_stable_layer_norm=False), [
-              ("gated_deltanet", {"direction": "causal", "head_dim": 8, "chunk": 8}), ("elu", {"causal": True})])}
+              ("gated_deltanet", {"direction": "causal", "head_dim": 8, "chunk": 8}), ("elu", {"causal": True})]),
+          "gated": (dict(), [("gla", {"direction": "causal", "head_dim": 8, "key_dim": 4, "chunk": 8})] * 2)}
 
 
 def model_of(kind, **changes):
@@ -27,7 +28,8 @@ def model_of(kind, **changes):
     return tiny.slim(spec, seed=2)
 
 
-@pytest.mark.parametrize("kind", ["pre-norm", pytest.param("post-norm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["pre-norm", *(
+    pytest.param(kind, marks=pytest.mark.slow) for kind in ("post-norm", "gated"))])
 def test_a_stream_is_one_pass(kind):
     """Audio in pieces of any size; the same symbols and no frame more or less."""
     model, wave = model_of(kind), tiny.waves(40 * 61 + 17)[0][0]

@@ -11,6 +11,9 @@ from jaxslim.models.roles import layers, roles
 from jaxslim.spec import MIXERS, Spec, SpecError
 from jaxslim.spec import Attention as Fields
 
+SILU_IS_1 = 1.2784645
+OPEN = 5.0   # before the sigmoid of gla's decays: exp(-0.0004) a frame with tau 16
+
 
 def options(mixer: str, a: Fields, given: dict[str, Any], init: str, bias: bool) -> dict[str, Any]:
     """All options of `mixer` in place of the attention block `a`: those given, and what follows from its shape."""
@@ -20,6 +23,8 @@ def options(mixer: str, a: Fields, given: dict[str, Any], init: str, bias: bool)
     elif mixer in recurrent.KINDS:
         if mixer != "mamba":
             fit["head_dim"] = a.v_dim
+        if mixer == "gla":
+            fit["key_dim"] = a.qk_dim
         if init == "attention":
             fit |= {"inner": len(a.heads) * a.v_dim, "bias": bias}
             fit |= {"groups": len(a.heads), "state": a.qk_dim} if mixer == "mamba2" else {}
@@ -74,7 +79,7 @@ def convert(spec: Spec, block: str, mixer: str, given: dict[str, Any], params: d
     mapped: dict[str, np.ndarray] = {}
     if init == "attention":
         inner = len(a.heads) * a.v_dim
-        fits = {"inner": inner, "groups": len(a.heads), "state": a.qk_dim, "head_dim": a.v_dim}
+        fits = {"inner": inner, "groups": len(a.heads), "state": a.qk_dim, "head_dim": a.v_dim, "key_dim": a.qk_dim}
         fits = {k: v for k, v in fits.items() if k in o and not (mixer == "mamba" and k == "state")}
         if bad := [f"{k}={o[k]}, not {v}" for k, v in fits.items() if (o[k] or width) != v]:
             raise SpecError(f"Block {block}: init attention copies q, k, v, o into mixer {mixer}, so it cannot have "
@@ -112,13 +117,19 @@ def drawn(mixer: str, width: int, o: dict[str, Any], rng: np.random.Generator) -
 def _drawn(mixer: str, width: int, o: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
     inner, shared = o["inner"] or width, o["direction"] == "shared"
     count, n = inner // o.get("head_dim", 1), o.get("state")
-    sizes = {"mamba": lambda *_: (inner, inner), "gated_deltanet": recurrent.delta_sizes,
+    sizes = {"mamba": lambda *_: (inner, inner), "gated_deltanet": recurrent.delta_sizes, "gla": recurrent.gla_sizes,
              "mamba2": recurrent.hydra_sizes if shared else recurrent.mamba2_sizes}[mixer](width, o)
 
     def uniform(*shape, fan=None):
         bound = (fan or shape[-1]) ** -0.5
         return rng.uniform(-bound, bound, shape)
 
+    if mixer == "gla":
+        keys, rank = sizes[1], o["rank"]
+        out = {"in_proj.weight": uniform(sum(sizes), width), "in_proj.bias": uniform(sum(sizes), fan=width),
+               "gk_proj.weight": uniform(keys, rank), "gk_proj.bias": uniform(keys, fan=rank),
+               "norm.weight": np.ones(o["head_dim"]), "out_proj.weight": uniform(width, inner)}
+        return out | ({"out_proj.bias": uniform(width, fan=inner)} if o["bias"] else {})
     dt = np.maximum(np.exp(rng.uniform(math.log(1e-3), math.log(0.1), count)), 1e-4)
     out = {"in_proj.weight": uniform(sum(sizes), width), "out_proj.weight": uniform(width, inner)}
     if o["bias"]:
@@ -143,20 +154,29 @@ def from_attention(mixer: str, o: dict[str, Any], new: dict[str, np.ndarray],
     """Those of `new` that attention's parameters `old` ("q.weight", "q.bias", ...) give, in part or whole: x <- V,
     B <- K, C <- Q (of gated_deltanet q, k, v), out <- O, and z, dt stay new (The Mamba in the Llama, arXiv 2408.15237,
     section 2.2). Ours: the convolution lets what was copied through unchanged (1 at the present frame, no bias), and of
-    mamba only x and out are given. With two directions each gets the copies, and half of O when their sum is taken."""
+    mamba only x and out are given. gla starts as linear attention under its norm: its output gate is 1 and its decays
+    are nearly none. With two directions each gets the copies, and half of O when their sum is taken."""
     inner, out = old["v.weight"].shape[0], {}
     half = 0.5 if o["direction"] == "sum" else 1.0
-    two = o["direction"] == "shared"
-    parts = {"mamba": [("v", 0)], "gated_deltanet": [(r, (i + 1) * inner) for i, r in enumerate("qkv")]}.get(
+    two, gated = o["direction"] == "shared", mixer == "gla"
+    keys = old["k.weight"].shape[0]
+    parts = {"mamba": [("v", 0)], "gated_deltanet": [(r, (i + 1) * inner) for i, r in enumerate("qkv")],
+             "gla": [("q", inner), ("k", inner + keys), ("v", inner + 2 * keys)]}.get(
         mixer, [("v", inner)] + [(r, 2 * inner + i * o.get("groups", 1) * o.get("state", 1))
                                  for i, r in enumerate("kqkq" if two else "kq")])
     for prefix in dict.fromkeys(name.partition(".")[0] for name in new):
-        for kind in ("weight", "bias") if o["bias"] else ("weight",):
+        for kind in ("weight", "bias") if o["bias"] or gated else ("weight",):
             value = new[f"{prefix}.in_proj.{kind}"].copy()
             for role, at in parts:
                 value[at : at + len(old[f"{role}.{kind}"])] = old[f"{role}.{kind}"]
+            if gated:
+                value[:inner] = SILU_IS_1 if kind == "bias" else 0.0
             out[f"{prefix}.in_proj.{kind}"] = value
-            out[f"{prefix}.out_proj.{kind}"] = old[f"o.{kind}"] * half
+            if f"{prefix}.out_proj.{kind}" in new:
+                out[f"{prefix}.out_proj.{kind}"] = old[f"o.{kind}"] * half
+        if gated:
+            out[f"{prefix}.gk_proj.bias"] = np.full(keys, OPEN, np.float32)
+            continue
         conv, bias = (np.zeros_like(new[f"{prefix}.conv1d.{kind}"]) for kind in ("weight", "bias"))
         conv[:, 0, (conv.shape[2] - 1) // 2 if two else -1] = 1.0
         out |= {f"{prefix}.conv1d.weight": conv, f"{prefix}.conv1d.bias": bias}

@@ -6,7 +6,7 @@ them; q, k, v are one matrix, head by head [q | k | v], as the checkpoints have 
 
 Beside the forward pass there is the step form that generation needs: `begin` makes the state before the first token,
 `extend` takes tokens and a state and gives the next. A softmax layer's state is its keys and values, of a fixed number
-of places; that of a recurrent mixer (mamba, mamba2, gated_deltanet, direction: causal) has one size whatever came
+of places; that of a recurrent mixer (recurrent.KINDS, direction: causal) has one size whatever came
 before. Mixers have no rotary positions: a recurrence knows the order by itself.
 """
 from __future__ import annotations

@@ -12,7 +12,7 @@ These keep the projections q, k, v, o of the attention they replace, so a conver
   2410.10254, section 3). `causal`: sums over s <= t. With `window` w > 0 the frames nearer than w have weights
   g exp(q_t k_s scale - max) in place of phi(q_t) phi(k_s), under one normaliser, g learnt (LoLCATs, section 3.2).
 
-Recurrent ones (mamba2, mamba, gated_deltanet) bring projections of their own: recurrent.py.
+Recurrent ones (mamba2, mamba, gated_deltanet, gla) bring projections of their own: recurrent.py.
 
 A causal mixer also works in pieces: `extend` takes frames and a state and gives outputs and the next state.
 """

@@ -3,6 +3,7 @@
 * mamba2: Mamba-2 (arXiv 2405.21060, section 7; modules as in mamba_ssm's Mamba2), CALD's mixer for speech.
 * mamba: Mamba (arXiv 2312.00752, section 3.4), CALD's for language models.
 * gated_deltanet: Gated DeltaNet (arXiv 2412.06464, figure 1) with one input projection for all.
+* gla: gated linear attention (arXiv 2312.06635, section 4.4), the same; it has no convolution.
 
 A recurrence looks back only. `direction` says what the mixer makes of that:
 * causal: one, forward. Takes and gives a state, so audio can come in pieces.
@@ -27,7 +28,7 @@ from jaxslim.models import scan
 from jaxslim.spec import SpecError
 
 DIRECTIONS = ("sum", "mean", "shared", "causal")
-State = tuple[jax.Array, jax.Array]   # last inputs of the convolution (B, W - 1, C), state of the recurrence
+State = tuple[jax.Array, ...]   # last inputs of the convolution (B, W - 1, C) if there is one, state of the recurrence
 
 
 class Conv(nnx.Module):
@@ -169,7 +170,32 @@ class GatedDeltaNet(nnx.Module):
         return self.out_proj(y.astype(x.dtype)), (before, after)
 
 
-KINDS = {"mamba2": Mamba2, "mamba": Mamba, "gated_deltanet": GatedDeltaNet}
+class GatedLinearAttention(nnx.Module):
+    """in_proj gives [z | q k v | low]; the decays of all key channels are sigmoid(gk_proj(low))^(1 / tau)."""
+
+    def __init__(self, width: int, o: dict[str, Any]):
+        self.sizes, self.tau, self.chunk = gla_sizes(width, o), o["tau"], o["chunk"]
+        self.inner, keys = self.sizes[:2]
+        self.heads = self.inner // o["head_dim"]
+        self.in_proj = L.Linear(width, sum(self.sizes))
+        self.gk_proj = L.Linear(o["rank"], keys)
+        self.norm = L.Weight(o["head_dim"])
+        self.out_proj = L.Linear(self.inner, width, o["bias"])
+
+    def state(self, rows: int) -> State:
+        return (jnp.zeros((rows, self.heads, self.sizes[1] // self.heads, self.inner // self.heads)),)
+
+    def __call__(self, x, mask, state: State, call: L.Call):             # (B, T, D) -> (B, T, D), state
+        z, q, k, v, low = split(self.in_proj(x), self.sizes)
+        g = jax.nn.log_sigmoid(self.gk_proj(low).astype(jnp.float32)) / self.tau
+        k, g = L.zero_padding(k, mask), L.zero_padding(g, mask)
+        q, k, v, g = (heads(h.astype(jnp.float32), self.heads) for h in (q, k, v, g))
+        y, after = scan.gla(q * q.shape[-1] ** -0.5, k, v, g, state[0], self.chunk)
+        y = (rms(y) * self.norm()).reshape(*x.shape[:2], -1) * jax.nn.silu(z.astype(jnp.float32))
+        return self.out_proj(y.astype(x.dtype)), (after,)
+
+
+KINDS = {"mamba2": Mamba2, "mamba": Mamba, "gated_deltanet": GatedDeltaNet, "gla": GatedLinearAttention}
 
 
 def parts(mixer: str, width: int, options: dict[str, Any]) -> dict[str, nnx.Module]:
@@ -231,6 +257,12 @@ def delta_sizes(width: int, o: dict[str, Any]) -> tuple[int, ...]:
     return inner, 3 * inner, *[inner // o["head_dim"]] * 2
 
 
+def gla_sizes(width: int, o: dict[str, Any]) -> tuple[int, ...]:
+    inner = o["inner"] or width
+    keys = inner // o["head_dim"] * o["key_dim"]
+    return inner, keys, keys, inner, o["rank"]
+
+
 def check(mixer: str, width: int, o: dict[str, Any], block: str) -> None:
     """Raises SpecError for options that make no mixer."""
     inner, size = o["inner"] or width, o.get("head_dim", 1)
@@ -240,7 +272,10 @@ def check(mixer: str, width: int, o: dict[str, Any], block: str) -> None:
     if inner % size or (inner // size) % o.get("groups", 1):
         raise SpecError(f"Block {block}: mixer {mixer}: {inner} channels do not make heads of {size} in "
                         f"{o.get('groups', 1)} groups; change head_dim, groups or inner.")
-    if mixer == "gated_deltanet" and o["chunk"] & (o["chunk"] - 1):
+    for field in ("key_dim", "rank", "tau") if mixer == "gla" else ():
+        if not o[field] > 0:
+            raise SpecError(f"Block {block}: mixer {mixer}: {field} {o[field]}; it must be positive.")
+    if mixer in ("gated_deltanet", "gla") and (o["chunk"] < 1 or o["chunk"] & (o["chunk"] - 1)):
         raise SpecError(f"Block {block}: mixer {mixer}: chunk {o['chunk']} is no power of two.")
 
 
@@ -255,6 +290,9 @@ def macs(mixer: str, width: int, o: dict[str, Any], T: int) -> int:
     if mixer == "gated_deltanet":
         sizes, mixing = delta_sizes(width, o), scan.delta_macs(T, count, size, size, o["chunk"])
         return twice * (T * (width * (sum(sizes) + inner) + sizes[1] * o["conv"]) + mixing)
+    if mixer == "gla":
+        sizes, mixing = gla_sizes(width, o), scan.gla_macs(T, count, o["key_dim"], size, o["chunk"])
+        return twice * (T * (width * (sum(sizes) + inner) + o["rank"] * sizes[1]) + mixing)
     shared = o["direction"] == "shared"
     sizes = (hydra_sizes if shared else mamba2_sizes)(width, o)
     mixing = scan.ssd_macs(T, count, size, o["groups"], o["state"], o["chunk"])

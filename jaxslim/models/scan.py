@@ -2,8 +2,8 @@
 carried. Each function takes the state before the first frame and returns the one after the last, so a long input may
 come in pieces of any length; each equals its plain recurrence, written in its docstring, whatever the chunk.
 
-A frame with dt = 0 (`ssd`, `selective`), beta = g = 0 (`delta`) or k = 0 (`causal`) leaves the state as it is: that is
-how padded frames are kept out, and why flipping a padded batch reverses each row in its own length.
+A frame with dt = 0 (`ssd`, `selective`), beta = g = 0 (`delta`), k = g = 0 (`gla`) or k = 0 (`causal`) leaves the state
+as it is: that is how padded frames are kept out, and why flipping a padded batch reverses each row in its own length.
 
 All run in fp32. Shapes: B batch, T frames, n chunks of Q frames, H heads, G groups of R heads, P channels of a head,
 N, F and K, V sizes of the state. Exponents of decays are sums of numbers <= 0 and masked before exp, so that neither
@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxslim.models import kernels
+
+LEAF = 16   # frames below which blocks of gla meet by elementwise products
 
 
 def segments(fn, state, xs, size: int):
@@ -162,6 +164,64 @@ def unit_inverse(m: jax.Array) -> jax.Array:
 
 def delta_macs(frames: int, heads: int, k: int, v: int, chunk: int) -> int:
     inside = chunk**2 * (3 * k + 2 * v) + 3 * chunk * k * v + chunk * (chunk**2 - 1) // 3
+    return -(-frames // chunk) * heads * inside
+
+
+def gla(q, k, v, g, state=None, chunk: int = 64) -> tuple[jax.Array, jax.Array]:
+    """Gated linear attention (arXiv 2312.06635, section 4): per head, with a decay for every channel of the keys,
+
+        s_t = diag(exp(g_t)) s_{t-1} + k_t v_t^T,    y_t = s_t^T q_t
+
+    Args: q, k, g <= 0 (B, T, H, K), v (B, T, H, V), state (B, H, K, V); `chunk` a power of two.
+    Returns: y (B, T, H, V), the last state.
+    """
+    rows, length, heads, _ = v.shape
+    parts = tuple(jnp.moveaxis(chunks(x.astype(jnp.float32), chunk), (1, 3), (0, 2)) for x in (q, k, v, g))
+    state = jnp.zeros((rows, heads, k.shape[-1], v.shape[-1])) if state is None else state
+
+    @jax.checkpoint
+    def step(state, part):
+        q, k, v, g = part                                                                # (B, H, Q, K | V)
+        scores, before, after = decayed_products(q, k, g)
+        y = scores @ v + (q * jnp.exp(before)) @ state
+        kept = jnp.exp(before[..., -1, :, None])                                         # (B, H, K, 1)
+        return kept * state + jnp.swapaxes(k * jnp.exp(after), -1, -2) @ v, y
+
+    state, y = jax.lax.scan(step, state, parts)
+    return y.transpose(1, 0, 3, 2, 4).reshape(rows, -1, heads, v.shape[-1])[:, :length], state
+
+
+def decayed_products(q, k, g) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q, k, g <= 0 (..., Q, K), Q a power of two -> scores (..., Q, Q) = sum over K of q_i k_j exp(g_{j+1} + ... + g_i)
+    for j <= i, else zero; the sums of g up to each frame and after it (..., Q, K).
+
+    The paper's secondary chunks (section 4.3), halved down to single frames: between the halves of a block the decay is
+    that of the query since the middle times that of the key up to it. All exponents are sums of numbers <= 0, without a
+    difference, so any decay is as exact as none. Halves of 16 frames or more meet in a matrix product.
+    """
+    lead, (size, width) = q.shape[:-2], q.shape[-2:]
+    scores = (q * k).sum(-1)[..., None, None]                                            # (..., blocks, s, s)
+    before, after, s = g[..., None, :], jnp.zeros_like(g)[..., None, :], 1               # (..., blocks, s, K)
+    while s < size:
+        blocks = lambda x: x.reshape(*lead, -1, s, width)  # noqa: B023, E731
+        late = blocks(q)[..., 1::2, :, :] * jnp.exp(before[..., 1::2, :, :])
+        early = blocks(k)[..., 0::2, :, :] * jnp.exp(after[..., 0::2, :, :])
+        if s < LEAF:
+            corner = (late[..., :, None, :] * early[..., None, :, :]).sum(-1)
+        else:
+            corner = late @ jnp.swapaxes(early, -1, -2)
+        scores = jnp.concatenate([
+            jnp.concatenate([scores[..., 0::2, :, :], jnp.zeros_like(corner)], -1),
+            jnp.concatenate([corner, scores[..., 1::2, :, :]], -1)], -2)
+        (first, second), (rest, last) = ((x[..., 0::2, :, :], x[..., 1::2, :, :]) for x in (before, after))
+        before = jnp.concatenate([first, second + first[..., -1:, :]], -2)
+        after = jnp.concatenate([rest + second[..., -1:, :], last], -2)
+        s *= 2
+    return scores[..., 0, :, :], before[..., 0, :, :], after[..., 0, :, :]
+
+
+def gla_macs(frames: int, heads: int, k: int, v: int, chunk: int) -> int:
+    inside = chunk * max(chunk - LEAF, 0) // 2 * k + chunk**2 * v + 2 * chunk * k * v
     return -(-frames // chunk) * heads * inside
 
 

@@ -27,6 +27,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"ffw_layer_2\.weight$|attention\.post\.weight$", P("fsdp", "tensor")),
     (r"lconv1d\.linear_(start|end)\.weight$|conv_projection\.conv_\d\.conv\.weight$", P("fsdp")),
     (r"input_proj_linear\.weight$", P(None, "fsdp")),
+    (r"gk_proj\.weight$", P("fsdp")),
+    (r"gk_proj\.bias$", P()),
     (r"(q_proj|k_proj|v_proj|intermediate_dense|fc1)(\.up)?\.weight$", P("tensor", "fsdp")),
     (r"(q_proj|k_proj|v_proj|intermediate_dense|fc1)\.bias$", P("tensor")),
     (r"(out_proj|output_dense|fc2)(\.down)?\.weight$", P("fsdp", "tensor")),

@@ -248,3 +248,36 @@ def delta(q, k, v, beta, g, size=64):
         left = (total[..., -1:] - total).exp()[..., None]
         state = total[..., -1].exp()[..., None, None] * state + (k_ * left).transpose(-1, -2) @ new
     return torch.cat(out, 2)
+
+
+class GatedLinearAttention(nn.Module):
+    """Gated linear attention (arXiv 2312.06635)."""
+
+    def __init__(self, width, o):
+        super().__init__()
+        inner = o["inner"] or width
+        self.heads, self.tau = inner // o["head_dim"], o["tau"]
+        keys = self.heads * o["key_dim"]
+        self.sizes = (inner, keys, keys, inner, o["rank"])
+        self.in_proj, self.gk_proj = nn.Linear(width, sum(self.sizes)), nn.Linear(o["rank"], keys)
+        self.norm, self.out_proj = Scale(o["head_dim"]), nn.Linear(inner, width, bias=o["bias"])
+
+    def forward(self, x, mask):
+        z, q, k, v, low = self.in_proj(x).split(self.sizes, -1)
+        g = F.logsigmoid(self.gk_proj(low).float()) / self.tau * mask[..., None]
+        k = k * mask[..., None]
+        q, k, v, g = (h.float().unflatten(-1, (self.heads, -1)).transpose(1, 2) for h in (q, k, v, g))
+        y = self.norm(gated(q * q.shape[-1] ** -0.5, k, v, g).transpose(1, 2))           # (B, T, H, V)
+        return self.out_proj((y.flatten(2) * F.silu(z.float())).to(x.dtype))
+
+
+def gated(q, k, v, g, size=16):
+    """s_t = diag(exp(g_t)) s_{t-1} + k_t v_t^T, y_t = s_t^T q_t, a chunk at a time. All (B, H, T, *)."""
+    state, out = q.new_zeros(*q.shape[:2], k.shape[-1], v.shape[-1]), []
+    for q_, k_, v_, g_ in zip(*(x.split(size, 2) for x in (q, k, v, g))):
+        total = g_.cumsum(2)                                                             # (B, H, Q, K)
+        scores = torch.einsum("bhik,bhjk,bhkij->bhij", q_, k_, decays(total.transpose(-1, -2)))
+        out.append((q_ * total.exp()) @ state + scores @ v_)
+        left = (total[:, :, -1:] - total).exp()
+        state = total[:, :, -1, :, None].exp() * state + (k_ * left).transpose(-1, -2) @ v_
+    return torch.cat(out, 2)

@@ -22,7 +22,7 @@ PARTS = {  # part of a layer -> role -> its name in the layer
 }
 SHAPES = {"heads", "mixer", "options", "qk_dim", "scale", "v_dim"}  # part: attention
 OPTIONS = {}  # mixer -> its options, where a block says nothing else  # part: attention
-RECURRENT = ("mamba2", "mamba", "gated_deltanet")  # part: attention
+RECURRENT = ("mamba2", "mamba", "gated_deltanet", "gla")  # part: attention
 
 
 def slim(model):
@@ -281,7 +281,8 @@ class Attention(Wav2Vec2Attention):
         """Projections of its own in the place of q, k, v, o."""
         for name in self.names.values():
             replace(self, name, nn.Identity())
-        make = {"mamba2": Mamba2, "mamba": Mamba, "gated_deltanet": GatedDeltaNet}[self.mixer]
+        make = {"mamba2": Mamba2, "mamba": Mamba, "gated_deltanet": GatedDeltaNet,
+                "gla": GatedLinearAttention}[self.mixer]
         make = Hydra if self.options["direction"] == "shared" else make
         for name in {"shared": ("shared",), "causal": ("fwd",)}.get(self.options["direction"], ("fwd", "bwd")):
             setattr(self, name, make(width, self.options))

@@ -383,6 +383,7 @@ def test_converted_teacher_in_a_pipeline_without_jaxslim(tmp_path):
     from jaxslim.methods.linearize import Linearize
 
     model = Linearize(layers=(0, 2)).start(hub.load(BUNDLED), None, None)
+    model = Linearize(layers=(1,), mixer="gla").start(model, None, None)
     record = export(model, tmp_path / "m", source=BUNDLED)
     assert record["checked"] and record["trust_remote_code"] and record["argmax_agreement"] == 1.0
     assert {"vocab.json", "tokenizer_config.json", "processor_config.json", PARITY} <= set(os.listdir(tmp_path / "m"))

@@ -14,7 +14,7 @@ from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2Attention  # 
 
 from .configuration_jaxslim import JaxslimConfig
 
-LAYERS = {"encoder": "encoder.layers.{}"}  # side -> name of a layer in the model without its head
+LAYERS = {"encoder": "encoder.layers.{}"}  # side -> name of a layer, without the head
 PARTS = {  # part of a layer -> role -> its name in the layer
     "attention": {"owner": "attention", "q": "attention.q_proj", "k": "attention.k_proj", "v": "attention.v_proj",
                   "o": "attention.out_proj"},

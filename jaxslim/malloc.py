@@ -28,8 +28,14 @@ def wanted() -> bool:
             and "GLIBC_TUNABLES" not in os.environ and os.environ.get("JAXSLIM_MALLOC") != "system")
 
 
+def others() -> dict[str, str]:
+    """The environment for other people's programs: without our settings, unless the user made them."""
+    ours = ("GLIBC_TUNABLES", "JAXSLIM_MALLOC") if os.environ.get("JAXSLIM_MALLOC") == "pages" else ()
+    return {k: v for k, v in os.environ.items() if k not in ours}
+
+
 def restart() -> None:
     """Runs the present command again with large pages, in the same process, if that is wanted; nothing else is lost."""
     if wanted() and sys.orig_argv:
-        os.environ["GLIBC_TUNABLES"] = TUNABLES
+        os.environ |= {"GLIBC_TUNABLES": TUNABLES, "JAXSLIM_MALLOC": "pages"}
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

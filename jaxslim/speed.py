@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from jaxslim import malloc
 from jaxslim.spec import Spec
 from jaxslim.speed_worker import JSON, BenchError, cpu_numbers, random_model, resolve
 
@@ -35,7 +36,7 @@ TORCH = ("eager", "sdpa")  # attn_implementation of the baseline
 ROW_KEYS = ("model", "engine", "weights", "audio_seconds", "batch", "dtype", "params", "gmacs", "gmacs_here",
             "gmacs_as_run", "compile_seconds", "first_seconds", "steady_seconds", "min_seconds", "max_seconds", "runs",
             "seconds_per_second", "rtfx", "peak_bytes", "ratio", "ratio_to", "baseline_seconds", "device", "threads",
-            "omp_wait_policy", "load", "versions", "fingerprint", "error")
+            "omp_wait_policy", "malloc", "load", "versions", "fingerprint", "error")
 # gmacs: at 10 s, batch 1; gmacs_here: at this length and batch; load: the load average at set-up
 
 
@@ -109,7 +110,7 @@ def _side_by_side(jobs: list[dict], repeats: int, budget: float, progress) -> li
         for i, job in enumerate(jobs):
             if progress:
                 progress(f"{job['model']} ({job['engine']}), {job['seconds']:g} s")
-            worker = stack.enter_context(contextlib.closing(_Worker(job["threads"])))
+            worker = stack.enter_context(contextlib.closing(_Worker(job["threads"], job["engine"])))
             rows.append(worker.ask(json.dumps(job)))
             if "error" in rows[i]:
                 rows[i] |= {"model": job["model"], "engine": job["engine"], "audio_seconds": job["seconds"]}
@@ -136,10 +137,11 @@ def _side_by_side(jobs: list[dict], repeats: int, budget: float, progress) -> li
 class _Worker:
     """A fresh process that measures one job. It answers each line with a line of JSON."""
 
-    def __init__(self, threads: int):
+    def __init__(self, threads: int, engine: str):
         self.log = tempfile.TemporaryFile("w+", errors="replace")  # not a pipe: a full one would block the worker
         path = os.pathsep.join(filter(None, [str(pathlib.Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-        env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": path, "NPROC": str(threads),
+        environment = os.environ if engine == "jaxslim" else malloc.others()
+        env = {"OMP_WAIT_POLICY": "PASSIVE", **environment, "PYTHONPATH": path, "NPROC": str(threads),
                "OMP_NUM_THREADS": str(threads), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         self.process = subprocess.Popen([sys.executable, "-m", "jaxslim.speed_worker"], env=env, text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)

@@ -194,7 +194,8 @@ def setup_torch(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], Any],
     facts = {"weights": "loaded" if path else "random", "dtype": job["dtype"] or "float32",
              "params": sum(p.numel() for p in model.parameters()),
              "device": torch.cuda.get_device_name() if cuda else _cpu(), "versions": _versions("torch", "transformers"),
-             "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"), "exclusive": False}
+             "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+             "malloc": os.environ.get("GLIBC_TUNABLES", "system"), "exclusive": False}
     return facts, call, torch.cuda.max_memory_allocated if cuda else None
 
 

@@ -22,6 +22,7 @@ import argparse
 import datetime
 import functools
 import json
+import operator
 import os
 import pathlib
 import re
@@ -66,13 +67,16 @@ def _fingerprint(name: str) -> str:
 
 
 def run(command: str) -> list[dict[str, Any]]:
-    """The results that a command prints. Raises RuntimeError when it fails."""
-    words = shlex.split(command)
+    """The results that a command prints, which may begin with NAME=VALUE words. Raises RuntimeError when it fails."""
+    words, env = shlex.split(command), dict(os.environ)
+    while "=" in words[0]:
+        name, _, value = words.pop(0).partition("=")
+        env[name] = value
     if words[0] == "jaxslim":
         words = [sys.executable, "-c", MAIN, *words[1:], *([] if "--json" in words else ["--json"])]
     elif words[0] == "python":
         words[0] = sys.executable
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env)
     if done.returncode:
         raise RuntimeError(f"exit status {done.returncode}")
     try:
@@ -108,15 +112,14 @@ def relate(results: list[dict], rule: dict[str, Any]) -> list[dict]:
 
 
 def cell(form: str, result: dict[str, Any]) -> str:
-    """`form` filled with a result; `{x:.1f/1e6}` divides first. A result without the value gives '-'."""
+    """`form` filled with a result; `{x:.1f/1e6}` divides first, `{x.y}` looks inside. Without the value: '-'."""
     def value(match):
-        name, spec = match[1], match[2] or ""
-        spec, _, divisor = spec.partition("/")
-        found = result[name]
+        spec, _, divisor = (match[2] or "").partition("/")
+        found = functools.reduce(operator.getitem, match[1].split("."), result)
         return format(found / float(divisor) if divisor else found, spec)
 
     try:
-        return re.sub(r"\{(\w+)(?::([^}]*))?\}", value, form).replace("|", "\\|")
+        return re.sub(r"\{([\w.]+)(?::([^}]*))?\}", value, form).replace("|", "\\|")
     except KeyError:
         return "-"
 

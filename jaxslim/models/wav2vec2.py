@@ -19,6 +19,7 @@ from jaxslim.models.mixers import Attention
 from jaxslim.slim import Outputs
 from jaxslim.spec import Spec
 
+FRAMES = 128                     # of long audio that the convolutions make at a time on CPU
 EMBEDDING, AUGMENT = 1001, 1003  # sites of random numbers beside the layers' own (their index)
 
 
@@ -67,7 +68,7 @@ class FeatureExtractor(nnx.Module):
         if not call.chunked(count):
             return self.convolve(wave)
         moments = () if self.framewise else (self.moments(wave),)
-        chunks, size = -(-count // L.CHUNK), L.CHUNK * self.stride
+        chunks, size = -(-count // FRAMES), FRAMES * self.stride
         wave = jnp.pad(wave, ((0, 0), (0, max(chunks * size + self.field - wave.shape[1], 0))))
         y = jax.lax.map(lambda start: self.convolve(jax.lax.dynamic_slice_in_dim(
             wave, start, size - self.stride + self.field, 1), *moments), jnp.arange(chunks) * size)

@@ -160,8 +160,9 @@ def clean(text: str) -> str:
     return " ".join(text.split())
 
 
-def recognizer(folder: str | pathlib.Path, format: str) -> Callable[[np.ndarray], str] | None:
-    """Waveform (16 kHz) -> text, by the real package on a bundle; None where it is not installed."""
+def recognizer(folder: str | pathlib.Path, format: str, threads: int = 1) -> Callable[[np.ndarray], str] | None:
+    """Waveform (16 kHz) -> text, by the real package on a bundle; None where it is not installed. `threads`: of
+    sherpa-onnx."""
     if not importlib.util.find_spec(BUNDLES[format]):
         return None
     folder = pathlib.Path(folder)
@@ -171,7 +172,8 @@ def recognizer(folder: str | pathlib.Path, format: str) -> Callable[[np.ndarray]
     import sherpa_onnx
 
     path = next(folder / name for name in (onnx_graph.GRAPH, onnx_graph.INT8) if (folder / name).exists())
-    model = sherpa_onnx.OfflineRecognizer.from_omnilingual_asr_ctc(str(path), str(folder / "tokens.txt"))
+    model = sherpa_onnx.OfflineRecognizer.from_omnilingual_asr_ctc(str(path), str(folder / "tokens.txt"),
+                                                                     num_threads=threads)
 
     def run(wave: np.ndarray) -> str:
         stream = model.create_stream()

@@ -1,6 +1,6 @@
 """One long recording transcribed, and how exact the word times are.
 
-    python scripts/long_audio.py MODEL [--teacher bundled:wav2vec2-ctc-en] [--minutes 60] [--output FILE.json]
+    python scripts/long_audio.py MODEL [MODEL ...] [--teacher bundled:wav2vec2-ctc-en] [--output FILE.json]
 
 The clips of DATA (default: the bundled validation and training prompts) are joined with half a second of silence
 between them and written as one FLAC file, which `jaxslim transcribe` reads in a process of its own: peak memory is that
@@ -25,6 +25,7 @@ import soundfile
 from jaxslim import hub
 from jaxslim.alignment import align
 from jaxslim.data import load_rows, task_of
+from jaxslim.speed_worker import _cpu, _versions, cpu_numbers
 from jaxslim.transcription import transcribe
 
 DATA = "bundled:prompts-en/validation+bundled:prompts-en/train"
@@ -74,14 +75,15 @@ def word_times(model: str, teacher: str, data: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument("--teacher", default="bundled:wav2vec2-ctc-en")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--data", default="bundled:prompts-en/validation", help="clips for the word times")
     parser.add_argument("--output")
     args = parser.parse_args()
-    found = {"model": args.model, "long": whole_file(args.model, args.minutes),
-             "word_times": word_times(args.model, args.teacher, args.data)}
+    found = [{"model": model, "fingerprint": hub.load(model).fingerprint, "long": whole_file(model, args.minutes),
+              "word_times": word_times(model, args.teacher, args.data), "device": _cpu(), "threads": len(cpu_numbers()),
+              "versions": _versions("jax", "jaxlib")} for model in args.models]
     if args.output:
         pathlib.Path(args.output).write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))

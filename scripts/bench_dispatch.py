@@ -84,8 +84,8 @@ def main() -> None:
              "bare_update_ms": round(median(update, args.steps), 2), "device": jax.devices()[0].device_kind}
     found["difference_ms"] = round(found["step_ms"] - found["bare_update_ms"], 2)
     print(json.dumps(found) if args.json else
-          f"{found['arrays']} arrays: step {found['step_ms']} ms (host {found['host_ms']} ms), bare AdamW update {found['bare_update_ms']} ms, "
-          f"difference {found['difference_ms']} ms")
+          f"{found['arrays']} arrays: step {found['step_ms']} ms (host {found['host_ms']} ms), bare AdamW update "
+          f"{found['bare_update_ms']} ms, difference {found['difference_ms']} ms")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,9 @@ def measure(args) -> dict:
             y = (out.last_hidden_state if out.logits is None else out.logits).astype(jnp.float32)
             return {"square": Term((y * y).mean(), jnp.ones(()))}
 
-    changes = {"num_hidden_layers": args.layers, "conf_num_hidden_layers": args.layers} if args.layers else {}
+    changes = {"vocab_size": 32} if SHAPES[args.shape] == "ctc" else {}
+    if args.layers:
+        changes |= {"num_hidden_layers": args.layers, "conf_num_hidden_layers": args.layers}
     spec = Spec({"mask_time_prob": 0.0, "layerdrop": 0.0, **changes}, args.shape, SHAPES[args.shape])
     model = random_model(spec)
     method = Probe(kind=args.kind, width=args.width, rank=args.rank, base=args.base)

@@ -43,14 +43,15 @@ def main() -> None:
     rows = {"input_values": rng.standard_normal((args.batch_size, samples)).astype(np.float32),
             "attention_mask": np.ones((args.batch_size, samples), np.int32),
             "labels": rng.integers(4, 30, (args.batch_size, 40)).astype(np.int32)}
-    cfg = Train(groups={"main": Group(1e-4), "gates": Group(1e-1), "multipliers": Group(1e-1)}, max_steps=100)
+    main, extra = {"main": Group(1e-4)}, {"gates": Group(1e-1), "multipliers": Group(1e-1)}
+    settings = {"plain": Train(groups=main, max_steps=100), "gated": Train(groups=main | extra, max_steps=100)}
     mesh = M.make("data=1", jax.devices()[:1])
     methods = {"plain": Finetune(), "gated": Prune(target={"macs": 0.5}, seconds=(args.seconds,))}
     runs, times = {}, {name: [] for name in methods}
     for name, method in methods.items():
         student = method.start(model, None, jax.random.key(0))
-        state, frozen, tx = S.init(method, student, cfg, mesh)
-        runs[name] = [state, frozen, S.make(method, student.spec, tx, cfg, state, mesh), student.spec]
+        state, frozen, tx = S.init(method, student, settings[name], mesh)
+        runs[name] = [state, frozen, S.make(method, student.spec, tx, settings[name], state, mesh), student.spec]
     batch = M.batch(rows, mesh)
     for _ in range(2 + args.repeats):
         for name, run in runs.items():

@@ -24,6 +24,7 @@ PROBLEMS = [("ssd", "Mamba-2 of CALD, width 1024", (8, 1500, 16, 1, 64, 128)),
             ("ssd", "Mamba-2 from attention, width 768", (8, 1500, 12, 12, 64, 64)),
             ("causal", "Hedgehog, width 768", (8, 1500, 12, 12, 65, 128)),
             ("causal", "elu, width 768", (8, 1500, 12, 12, 65, 64)),
+            ("gla", "gated linear attention, width 768", (8, 1500, 12, 12, 64, 64)),
             ("attention", "splash, width 768", (8, 1500, 12, 12, 64, 64))]
 
 
@@ -32,7 +33,7 @@ def functions(op: str, problem: tuple[int, ...]):
     import jax
     import jax.numpy as jnp
 
-    from jaxslim.models import attention_kernels, layers, pallas_scan, scan
+    from jaxslim.models import attention_kernels, layers, pallas_gla, pallas_scan, scan
 
     rows, frames, heads, groups, size, width = problem
     f32 = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)  # noqa: E731
@@ -40,15 +41,24 @@ def functions(op: str, problem: tuple[int, ...]):
         args = (*[f32(rows, frames, heads, width)] * 2, f32(rows, frames, heads, size))
         plain = lambda *v: (layers.attention(*v, None, 0.125, layers.Call(attention="dense")),)  # noqa: E731
         return plain, lambda *v: (attention_kernels.splash(*v, None, 0.125),), args, None
-    cut = pallas_scan.shape(*problem)
+    cut = (pallas_gla if op == "gla" else pallas_scan).shape(*problem)
     if isinstance(cut, str):
         raise SystemExit(f"{op} {problem}: {cut}")
+    split = lambda v, n: v.reshape(rows, frames, n, -1)  # noqa: E731
+    if op == "gla":  # as ssd's: heads side by side
+
+        def flat(fn, *args):
+            y, last = fn(*(split(v, heads) for v in args))
+            return y.reshape(rows, frames, -1), last
+
+        both = scan.plain_gla, functools.partial(pallas_gla.gla, cut=cut)
+        sizes = (width, width, size, width)
+        return *(functools.partial(flat, fn) for fn in both), tuple(f32(rows, frames, heads * n) for n in sizes), cut
     if op == "ssd":  # x, b and c come out of a projection, heads side by side, and y goes into one
         args = (f32(rows, frames, heads * size), f32(rows, frames, heads), f32(heads),
                 *[f32(rows, frames, groups * width)] * 2)
 
         def side_by_side(fn, x, dt, a, b, c):
-            split = lambda v, n: v.reshape(rows, frames, n, -1)  # noqa: E731
             y, last = fn(split(x, heads), dt, a, split(b, groups), split(c, groups))
             return y.reshape(rows, frames, -1), last
 

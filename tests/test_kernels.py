@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxslim.models import attention_kernels, kernels, layers, pallas_scan, scan
+from jaxslim.models import attention_kernels, kernels, layers, pallas_gla, pallas_scan, scan
 
 CASES = [  # frames, heads, groups, P, N, lengths
     (200, 4, 1, 8, 16, (200, 77)), pytest.param((1, 2, 2, 8, 8, (1, 0)), marks=pytest.mark.slow),
@@ -37,7 +37,18 @@ def recurrence(x, dt, a, b, c, s):
     return jnp.moveaxis(y, 0, 1), s
 
 
-def exact(args, seed=9):
+def gated(q, k, v, g, s):
+    """s_t = diag(exp(g_t)) s_{t-1} + k_t v_t^T, y_t = s_t^T q_t, one frame after another."""
+    def step(s, now):
+        q, k, v, g = now
+        s = jnp.exp(g)[..., None] * s + k[..., None] * v[:, :, None]
+        return s, jnp.einsum("bhkv,bhk->bhv", s, q)
+
+    s, y = jax.lax.scan(step, s, tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g)))
+    return jnp.moveaxis(y, 0, 1), s
+
+
+def exact(args, seed=9, recurrence=recurrence):
     """Results and gradients of the recurrence in float64, and the directions of these."""
     with jax.enable_x64(True):
         args = [jnp.asarray(v, jnp.float64) for v in args]
@@ -87,6 +98,44 @@ def test_linear_attention_and_its_gradients(length):
         assert relative(have, true) < 1e-4
 
 
+def gla_problem(frames, heads, size, width, lengths, strength=1.0):
+    """q, k, v, g, state; k and g are 0 on padding. The decays of one head are `strength` times those of the others."""
+    rng, rows = np.random.default_rng(3), len(lengths)
+    mask = (np.arange(frames) < np.array(lengths)[:, None])[..., None, None]
+    q, k, g = (rng.standard_normal((rows, frames, heads, width)) for _ in range(3))
+    g = -np.log1p(np.exp(2 * g)) * np.where(np.arange(heads) == 0, strength, 0.1)[:, None]
+    v, state = rng.standard_normal((rows, frames, heads, size)), rng.standard_normal((rows, heads, width, size))
+    return q / width**0.5, mask * k, v, mask * g, state
+
+
+@pytest.mark.parametrize("frames, heads, size, width, lengths, strength", [
+    (200, 2, 9, 16, (200, 77), 20.0), pytest.param(1, 1, 8, 8, (1,), 1.0, marks=pytest.mark.slow),
+    pytest.param(257, 4, 16, 8, (257, 128), 1.0, marks=pytest.mark.slow),
+    pytest.param(128, 2, 64, 64, (128, 5), 0.0, marks=pytest.mark.slow)])
+def test_gated_linear_attention_and_its_gradients(frames, heads, size, width, lengths, strength):
+    args = gla_problem(frames, heads, size, width, lengths, strength)
+    cut = pallas_gla.shape(len(lengths), frames, heads, heads, size, width)
+    small = [jnp.asarray(v, jnp.float32) for v in args]
+    (y, last), back = jax.vjp(jax.jit(lambda *v: pallas_gla.gla(*v, cut=cut, interpret=True)), *small)
+    want, wants, probes = exact(args, recurrence=gated)
+    assert relative(y, want[0]) < 1e-5 and relative(last, want[1]) < 1e-5
+    grads = back(tuple(map(jnp.asarray, probes)))
+    for name, have, true in zip(("q", "k", "v", "g", "state"), grads, wants, strict=True):
+        assert relative(have, true) < 1e-4, name
+        for head in range(heads):                                             # strong decays have small gradients
+            axis = 1 if name == "state" else 2
+            assert relative(*(np.take(np.asarray(x), head, axis) for x in (have, true))) < 1e-4, (name, head)
+
+
+@pytest.mark.slow
+def test_gated_linear_attention_with_bfloat16_inputs():
+    args = [jnp.asarray(v, jnp.float32) for v in gla_problem(100, 2, 8, 16, (100, 40))]
+    half = [*(v.astype(jnp.bfloat16) for v in args[:3]), *args[3:]]
+    y, last = pallas_gla.gla(*half, cut=pallas_gla.shape(2, 100, 2, 2, 8, 16), interpret=True)
+    want = exact([np.asarray(v, np.float64) for v in args], recurrence=gated)[0]
+    assert y.dtype == jnp.float32 and relative(y, want[0]) < 2e-2 and relative(last, want[1]) < 2e-2
+
+
 @pytest.mark.slow
 def test_bfloat16_inputs():
     case = (100, 2, 1, 8, 16, (100, 40))
@@ -123,6 +172,7 @@ def test_what_runs_where(monkeypatch, caplog):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert kernels.recurrence("ssd", 1, 10, 2, 1, 4, 4).func is pallas_scan.ssd
     assert kernels.recurrence("ssd", 1, 10, 64, 1, 128, 256) is None and "MiB" in caplog.records[-1].getMessage()
+    assert kernels.recurrence("gla", 1, 10, 2, 2, 4, 4).func is pallas_gla.gla
     monkeypatch.setattr(jax, "device_count", lambda: 4)
     assert kernels.recurrence("causal", 1, 10, 2, 2, 4, 4) is None
     assert "several devices" in caplog.records[-1].getMessage()

@@ -47,19 +47,20 @@ def fall_back(op: str, why: str) -> None:
 
 
 def recurrence(op: str, rows: int, frames: int, heads: int, groups: int, size: int, width: int) -> Callable | None:
-    """The Pallas kernel for scan.ssd or scan.causal with these sizes; None = the XLA version."""
+    """The Pallas kernel for scan.ssd, scan.causal or scan.gla with these sizes; None = the XLA version."""
     if not wanted(op):
         return None
     if jax.default_backend() != "tpu":
         return fall_back(op, f"it is written for TPU, this is {jax.default_backend()}")
     if jax.device_count() > 1:
         return fall_back(op, "a program over several devices does not split kernels")
-    from jaxslim.models import pallas_scan
+    from jaxslim.models import pallas_gla, pallas_scan
 
-    cut = pallas_scan.shape(rows, frames, heads, groups, size, width)
+    module = pallas_gla if op == "gla" else pallas_scan
+    cut = module.shape(rows, frames, heads, groups, size, width)
     if isinstance(cut, str):
         return fall_back(op, cut)
-    return functools.partial(getattr(pallas_scan, op), cut=cut)
+    return functools.partial(getattr(module, op), cut=cut)
 
 
 def attention(q, k, v, mask, rate: float, bias, causal: bool) -> Callable | None:

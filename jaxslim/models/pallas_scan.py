@@ -81,13 +81,13 @@ class Shape(NamedTuple):
         return itemsize * (wide + 2 * narrow) + 4 * (wide + 2 * few + 2 * state + save * kept)
 
 
-def shape(rows: int, frames: int, heads: int, groups: int, size: int, width: int) -> Shape | str:
+def shape(rows: int, frames: int, heads: int, groups: int, size: int, width: int, kind: type = Shape) -> Shape | str:
     """How a problem is cut, or why it cannot be."""
     whole = lambda j: j == groups or (j * width % LANES == 0 and j * heads // groups * size % LANES == 0)  # noqa: E731
     together = next(j for j in range(1, groups + 1) if groups % j == 0 and whole(j))
     need = 0
     for chunk in CHUNKS:
-        s = Shape(rows, -(-frames // chunk) * chunk, heads, groups, size, width, chunk, together)
+        s = kind(rows, -(-frames // chunk) * chunk, heads, groups, size, width, chunk, together)
         if (need := s.vmem()) <= VMEM:
             return s
     return (f"{s.inside} heads of {size} x {width} together need {need / MIB:.0f} MiB of VMEM, more than "
@@ -96,7 +96,7 @@ def shape(rows: int, frames: int, heads: int, groups: int, size: int, width: int
 
 def ssd(x, dt, a, b, c, state=None, *, cut: Shape, interpret: bool = False):
     """scan.ssd by the kernel; `cut` from `shape`."""
-    sizes, (dt, x, b, c) = x.shape, (_padded(v, cut) for v in (dt.astype(jnp.float32), x, b, c))
+    sizes, (dt, x, b, c) = x.shape, (padded(v, cut) for v in (dt.astype(jnp.float32), x, b, c))
     total = jnp.cumsum(scan.chunks(dt * a, cut.chunk), 2).reshape(dt.shape)
     state = jnp.zeros((cut.rows, cut.heads, cut.size, cut.width)) if state is None else state
     y, last = recurrence(cut, interpret, x, dt, total, b, c, state.astype(jnp.float32))
@@ -105,14 +105,14 @@ def ssd(x, dt, a, b, c, state=None, *, cut: Shape, interpret: bool = False):
 
 def causal(q, k, v, state=None, *, cut: Shape, interpret: bool = False):
     """scan.causal by the kernel: no decay, weights of 1 (frames that complete the last chunk have k = 0)."""
-    sizes, (q, k, v) = v.shape, (_padded(x, cut) for x in (q, k, v))
+    sizes, (q, k, v) = v.shape, (padded(x, cut) for x in (q, k, v))
     none = jnp.zeros((cut.rows, cut.frames, cut.heads), jnp.float32)
     state = jnp.zeros((cut.rows, cut.heads, cut.size, cut.width)) if state is None else jnp.swapaxes(state, 2, 3)
     y, last = recurrence(cut, interpret, v, none + 1.0, none, k, q, state.astype(jnp.float32))
     return y[:, : sizes[1]].reshape(sizes), jnp.swapaxes(last, 2, 3)
 
 
-def _padded(x, cut: Shape):
+def padded(x, cut: Shape):
     """(B, t, ...) -> (B, T, all the rest): side by side, as they come out of a projection, before any copy is made."""
     x = x.reshape(*x.shape[:2], -1)
     return jnp.pad(x, ((0, 0), (0, cut.frames - x.shape[1]), (0, 0)))
@@ -127,17 +127,17 @@ def recurrence(cut: Shape, interpret: bool, x, w, total, k, q, state):
 
 def _forward(cut: Shape, interpret: bool, x, w, total, k, q, state, save: bool):
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    specs = _specs(cut, lambda c: c)
+    blocks = specs(cut, lambda c: c)
     outs = [f32((cut.rows, cut.frames, cut.heads * cut.size)), f32(state.shape)]
     outs += [f32((cut.rows, cut.grid[2], *state.shape[1:]))] if save else []
     y, last, *kept = pl.pallas_call(
         functools.partial(_forward_kernel, cut, save), out_shape=outs, grid=cut.grid,
-        in_specs=[specs[n] for n in ("x", "w", "w", "k", "k", "state")],
-        out_specs=[specs[n] for n in ("x", "state", "kept")[: len(outs)]],
+        in_specs=[blocks[n] for n in ("x", "w", "w", "k", "k", "state")],
+        out_specs=[blocks[n] for n in ("x", "state", "kept")[: len(outs)]],
         scratch_shapes=[pltpu.VMEM((cut.inside, cut.size, cut.width), jnp.float32)],
         cost_estimate=pl.CostEstimate(flops=2 * cut.macs(), bytes_accessed=cut.traffic(x.dtype.itemsize, save=save),
                                       transcendentals=cut.rows * cut.frames * cut.heads * (cut.chunk + 2)),
-        interpret=interpret, name="jaxslim_recurrence", **_options(interpret),
+        interpret=interpret, name="jaxslim_recurrence", **compiler(interpret),
     )(x, _few(w, cut), _few(total, cut), k, q, state)
     return y, last, (kept[0] if save else None)
 
@@ -150,18 +150,18 @@ def _save(cut, interpret, x, w, total, k, q, state):
 def _backward(cut: Shape, interpret: bool, saved, grads):
     x, w, total, k, q, kept = saved
     dy, dlast = (g.astype(jnp.float32) for g in grads)
-    specs = _specs(cut, lambda c: cut.grid[2] - 1 - c)
+    blocks = specs(cut, lambda c: cut.grid[2] - 1 - c)
     like = lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype)  # noqa: E731
     few = _few(w, cut)
     dx, dw, dtotal, dk, dq, dstate = pl.pallas_call(
         functools.partial(_backward_kernel, cut), grid=cut.grid,
         out_shape=[like(x), like(few), like(few), like(k), like(q), like(dlast)],
-        in_specs=[specs[n] for n in ("x", "w", "w", "k", "k", "kept", "x", "state")],
-        out_specs=[specs[n] for n in ("x", "w", "w", "k", "k", "state")],
+        in_specs=[blocks[n] for n in ("x", "w", "w", "k", "k", "kept", "x", "state")],
+        out_specs=[blocks[n] for n in ("x", "w", "w", "k", "k", "state")],
         scratch_shapes=[pltpu.VMEM((cut.inside, cut.size, cut.width), jnp.float32)],
         cost_estimate=pl.CostEstimate(flops=2 * cut.macs(True), bytes_accessed=cut.traffic(x.dtype.itemsize, True),
                                       transcendentals=cut.rows * cut.frames * cut.heads * (cut.chunk + 2)),
-        interpret=interpret, name="jaxslim_recurrence_gradient", **_options(interpret),
+        interpret=interpret, name="jaxslim_recurrence_gradient", **compiler(interpret),
     )(x, few, _few(total, cut), k, q, kept, dy, dlast)
     many = lambda v: v.transpose(0, 2, 1, 3).reshape(w.shape)  # noqa: E731
     return dx, many(dw), many(dtotal), dk, dq, dstate
@@ -170,7 +170,7 @@ def _backward(cut: Shape, interpret: bool, saved, grads):
 recurrence.defvjp(_save, _backward)
 
 
-def _options(interpret: bool) -> dict:
+def compiler(interpret: bool) -> dict:
     order = ("parallel", "parallel", "arbitrary")
     return {} if interpret else {"compiler_params": pltpu.CompilerParams(dimension_semantics=order)}
 
@@ -179,7 +179,7 @@ def _few(w, cut: Shape):                                                 # (B, T
     return w.astype(jnp.float32).reshape(*w.shape[:2], -1, cut.inside).transpose(0, 2, 1, 3)
 
 
-def _specs(cut: Shape, place) -> dict[str, pl.BlockSpec]:
+def specs(cut: Shape, place) -> dict[str, pl.BlockSpec]:
     """Blocks of a program (b, j, c); `place` says which chunk is the c-th."""
     at = lambda b, j, c: (b, place(c), j)  # noqa: E731
     return {"x": pl.BlockSpec((1, cut.chunk, cut.inside * cut.size), at),

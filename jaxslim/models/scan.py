@@ -7,8 +7,9 @@ as it is: that is how padded frames are kept out, and why flipping a padded batc
 
 All run in fp32. Shapes: B batch, T frames, n chunks of Q frames, H heads, G groups of R heads, P channels of a head,
 N, F and K, V sizes of the state. Exponents of decays are sums of numbers <= 0 and masked before exp, so that neither
-values nor gradients overflow. `ssd` and `causal` run as a kernel where the recorded table says so (kernels.py); their
-`plain_` forms are the oracle, and run everywhere else. `*_macs` count the multiply-accumulates for one row, as traced.
+values nor gradients overflow. `ssd`, `gla` and `causal` run as a kernel where the recorded table says so (kernels.py);
+their `plain_` forms are the oracle, and run everywhere else. `*_macs` count the multiply-accumulates for one row, as
+traced.
 """
 from __future__ import annotations
 
@@ -175,6 +176,12 @@ def gla(q, k, v, g, state=None, chunk: int = 64) -> tuple[jax.Array, jax.Array]:
     Args: q, k, g <= 0 (B, T, H, K), v (B, T, H, V), state (B, H, K, V); `chunk` a power of two.
     Returns: y (B, T, H, V), the last state.
     """
+    kernel = kernels.recurrence("gla", *v.shape[:3], v.shape[2], v.shape[3], k.shape[3])
+    return (kernel or functools.partial(plain_gla, chunk=chunk))(q, k, v, g, state)
+
+
+def plain_gla(q, k, v, g, state=None, chunk: int = 64) -> tuple[jax.Array, jax.Array]:
+    """`gla` by XLA."""
     rows, length, heads, _ = v.shape
     parts = tuple(jnp.moveaxis(chunks(x.astype(jnp.float32), chunk), (1, 3), (0, 2)) for x in (q, k, v, g))
     state = jnp.zeros((rows, heads, k.shape[-1], v.shape[-1])) if state is None else state

@@ -131,9 +131,11 @@ def test_gated_linear_attention_and_its_gradients(frames, heads, size, width, le
 def test_gated_linear_attention_with_bfloat16_inputs():
     args = [jnp.asarray(v, jnp.float32) for v in gla_problem(100, 2, 8, 16, (100, 40))]
     half = [*(v.astype(jnp.bfloat16) for v in args[:3]), *args[3:]]
-    y, last = pallas_gla.gla(*half, cut=pallas_gla.shape(2, 100, 2, 2, 8, 16), interpret=True)
+    cut = pallas_gla.shape(2, 100, 2, 2, 8, 16)
     want = exact([np.asarray(v, np.float64) for v in args], recurrence=gated)[0]
-    assert y.dtype == jnp.float32 and relative(y, want[0]) < 2e-2 and relative(last, want[1]) < 2e-2
+    for fn in (scan.plain_gla, lambda *v: pallas_gla.gla(*v, cut=cut, interpret=True)):
+        y, last = jax.jit(fn)(*half)
+        assert y.dtype == jnp.float32 and relative(y, want[0]) < 2e-2 and relative(last, want[1]) < 2e-2
 
 
 @pytest.mark.slow
@@ -157,6 +159,9 @@ def test_how_a_problem_is_cut(sizes, together, chunk):
     for lanes in (cut.inside * size, cut.together * width):
         assert lanes % 128 == 0 or cut.together == groups
     assert "MiB of VMEM" in pallas_scan.shape(8, 1500, 64, 1, 128, 256)
+    cut = pallas_gla.shape(8, 1500, 12, 12, 64, 64)
+    assert (cut.together, cut.chunk, cut.levels) == (2, 128, 7) and cut.vmem() <= pallas_scan.VMEM
+    assert "MiB of VMEM" in pallas_gla.shape(8, 1500, 3, 3, 500, 500)
 
 
 def test_what_runs_where(monkeypatch, caplog):

@@ -225,7 +225,7 @@ def test_equals_its_definition_in_a_padded_batch(name):
 
 
 @pytest.mark.parametrize("name", ["causal window", "mamba2", *(pytest.param(
-    name, marks=pytest.mark.slow) for name in ("window", "gated_deltanet", "gla", "hydra", "mamba"))])
+    name, marks=pytest.mark.slow) for name in ("window", "gated_deltanet", "hydra", "mamba"))])
 def test_long_audio_on_the_cpu(name):
     """The programs for many frames (chunks of frames, shifted sums) give what the plain ones give."""
     block, _ = block_of(name)

@@ -40,6 +40,19 @@ def test_formats_rates_channels(format, options, channels, rate):
     assert np.abs(wave).max() == pytest.approx(0.5, abs=0.12)
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+def test_opus_is_the_same_whoever_decodes_it(channels):
+    pytest.importorskip("av")
+    for rate in (48000, 16000):  # at 16 kHz libsndfile alone: it decodes to that rate
+        data = encoded(tone(0.5, rate, channels), rate, "OGG", subtype="OPUS")
+        assert audio._opus_at_48(data) == (rate == 48000)
+        have, at = audio.decode(data, "clip")
+        want, same = sf.read(io.BytesIO(data), dtype="float32", always_2d=True)
+        assert at == same == rate and have.shape == want.shape and np.abs(have - want).max() < 1e-6
+    with pytest.raises(audio.AudioError, match="not readable"):
+        audio.decode(encoded(tone(0.5, 48000), 48000, "OGG", subtype="OPUS")[:60], "clip")
+
+
 @pytest.mark.parametrize("container, codec", [("mp4", "aac"), ("webm", "libopus")])
 def test_pyav_reads_the_rest(tmp_path, container, codec):
     av = pytest.importorskip("av")

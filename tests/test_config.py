@@ -1,10 +1,11 @@
 """Config: strict YAML into frozen dataclasses, overrides by name."""
 import dataclasses
+import pathlib
 from typing import Any, Literal
 
 import pytest
 
-from jaxslim import config
+from jaxslim import config, recipe
 from jaxslim.config import ConfigError, Group, Recipe, Run, Train
 
 RECIPE = """
@@ -138,3 +139,14 @@ def test_field_types(tree, want):
 def test_wrong_field_types(tree, message):
     with pytest.raises(ConfigError, match=message):
         config.build(Options, tree, "here")
+
+
+@pytest.mark.parametrize("path", sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.yaml")),
+                         ids=lambda path: path.stem)
+def test_the_projects_own_files_are_valid(path):
+    values = config.parse_yaml(path.read_text())
+    cfg = config.load(Recipe if "stages" in values else Run, str(path))
+    for stage in cfg.stages if "stages" in values else ():
+        recipe.method_of(stage)
+        assert not stage.train or stage.train.groups
+    assert ("jaxslim slim" if "stages" in values else "jaxslim train") + f" configs/{path.name}" in path.read_text()

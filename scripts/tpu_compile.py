@@ -59,6 +59,7 @@ def compile_row(row: dict) -> dict:
     from jaxslim.config import Train
     from jaxslim.methods.finetune import Finetune
     from jaxslim.methods.linearize import Linearize
+    from jaxslim.methods.prune import Prune
     from jaxslim.models import bind
     from jaxslim.slim import Slim
     from jaxslim.spec import Spec
@@ -72,7 +73,8 @@ def compile_row(row: dict) -> dict:
     mesh = M.make(row["mesh"], dryrun.topology(row["topology"]))
     cfg = Train(dtype="bfloat16", teacher_dtype="bfloat16", remat=row["remat"], layers="scan", prng="hash")
     frozen = ("feature_extractor",)  # the convolutions stay fixed, as in the recipes of the papers
-    distill = Linearize(layers=(), **(dict(task_weight=0.0) if whisper else dict(logit_weight=1.0)))
+    # an encoder has no task: four of its states, as in DPHuBERT
+    distill = Prune(objective="distill", project=False) if whisper else Linearize(layers=(), logit_weight=1.0)
     method = Finetune(freeze=frozen) if row["step"] == "ctc" else distill
     batch = dryrun.audio_batch(spec, row["rows_per_device"] * M.shards(mesh), row["seconds"], 256)
     if whisper:

@@ -35,7 +35,7 @@ def others() -> dict[str, str]:
 
 
 def restart() -> None:
-    """Runs the present command again with large pages, in the same process, if that is wanted; nothing else is lost."""
+    """Replaces this process by the same command with large pages, if that is wanted. To be called before any work."""
     if wanted() and sys.orig_argv:
         os.environ |= {"GLIBC_TUNABLES": TUNABLES, "JAXSLIM_MALLOC": "pages"}
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

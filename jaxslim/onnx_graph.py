@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxslim import torch_code
 from jaxslim.dense import ExportError
+from jaxslim.models import recurrent
 from jaxslim.models.roles import blocks as every_block
 from jaxslim.spec import Spec, kind
 
@@ -40,7 +41,7 @@ def unsupported(spec: Spec) -> str | None:
         return reason
     for block in (b for b in every_block(spec) if kind(b) == "attention"):
         a = spec.attention(block)
-        loop = (a.mixer if a.mixer in torch_code.RECURRENT else
+        loop = (a.mixer if a.mixer in recurrent.KINDS else
                 "a window" if a.options.get("window") else "causal linear attention" if a.options.get("causal") else "")
         if a.heads and loop:
             return (f"Block {block} has {loop}, whose PyTorch code loops over chunks of frames, so its graph would be "

@@ -144,7 +144,8 @@ def setup_jax(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], Any], C
              "dtype": dtype.name, "params": cost.params(spec), "gmacs": cost.macs(spec).total / 1e9,
              "gmacs_here": cost.macs(spec, seconds, job["batch"]).total / 1e9, "gmacs_as_run": run_macs / 1e9,
              "device": _cpu() if device.platform == "cpu" else device.device_kind,
-             "versions": _versions("jax", "jaxlib", "flax"), "exclusive": device.platform == "tpu"}
+             "versions": _versions("jax", "jaxlib", "flax"), "malloc": os.environ.get("GLIBC_TUNABLES", "system"),
+             "exclusive": device.platform == "tpu"}
     counted = "peak_bytes_in_use" in (device.memory_stats() or {})  # GPU, TPU; a CPU has no such count
     peak = (lambda: device.memory_stats()["peak_bytes_in_use"]) if counted else None
     return facts, lambda: jax.block_until_ready(compiled(model, batch)), peak

@@ -16,6 +16,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from jaxslim.models import recurrent
 from jaxslim.models.roles import FAMILIES
 from jaxslim.spec import MIXERS, Generator, Spec, kind
 
@@ -36,7 +37,6 @@ SHAPES = {"mixer", "options", "heads", "qk_dim", "v_dim", "scale"}  # fields tha
 ANY = SHAPES | {"lora", "adapter", "q_rank", "k_rank", "v_rank", "o_rank"}   # WavLM's reads its linears' weights
 WRITTEN = {**dict.fromkeys(("frontend", "conv"), {"channels"}), "attention": ANY, "generator": Generator._fields,
            "ffn": {"units", "up_rank", "down_rank", "lora", "adapter"}}
-RECURRENT = ("mamba2", "mamba", "gated_deltanet", "gla")
 ROLES = ("owner", "q", "k", "v", "o", "pos", "bias_u", "bias_v", "up", "down", "conv", "inner", "norm")
 TEXT = ("bert", "roberta", "distilbert")
 # Ending of an architecture -> the Auto class that opens it.
@@ -89,7 +89,8 @@ def files(spec: Spec, architecture: str) -> dict[str, str]:
         wanted |= {"attention", "gated" if spec.family == "wavlm" else "plain", POSITIONS.get(spec.family, "plain")}
         wanted |= {"decoder" for b in mixed if b.startswith("decoder.")}
         used = {spec.blocks[b].get("mixer", "softmax") for b in mixed}
-        wanted |= {"recurrent" if m in RECURRENT else m if m == "linformer" else "linear" for m in used - {"softmax"}}
+        wanted |= {"recurrent" if m in recurrent.KINDS else m if m == "linformer" else "linear"
+                   for m in used - {"softmax"}}
         own = (folder / "mixers_jaxslim.py").read_text(encoding="utf-8")
         modeling = modeling.replace("# part: mixers\n", own + "\n\n")
         table = "".join(f'    "{m}": {_dict(MIXERS[m])},\n' for m in sorted(used))

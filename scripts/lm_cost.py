@@ -2,8 +2,9 @@
 
     python scripts/lm_cost.py runs/lm/final runs/lm-mamba2/final [--lengths 10 100 1000 10000] [--tokens 64]
 
-Batch 1. A softmax model reads its whole cache for every token, so a cache of LENGTH places is made and --tokens of it
-are timed (median of a token, the first 8 left out). A model without softmax layers generates LENGTH tokens in truth.
+Batch 1. A softmax model reads its whole cache for every token, so a cache of LENGTH `places` is made, room for what is
+timed at least, and --tokens of it are timed (median of a token, the first 8 left out). A model without softmax layers
+generates LENGTH tokens in truth.
 `live_bytes` is what JAX holds in all at the end, weights included.
 """
 from __future__ import annotations
@@ -26,9 +27,10 @@ def rows(name: str, lengths: list[int], tokens: int) -> list[dict]:
     model = model.replace(params=jax.device_put(model.params))
     grows = bool(causal.softmax_layers(model))
     for length in lengths:
-        prompt, times = np.full((1, min(8, length)), 97, np.int32), []
-        count = min(tokens + 8, max(length - prompt.shape[1], 1)) if grows else length
-        stream = causal.stream(model, prompt, places=length)
+        prompt, times = np.full((1, 8), 97, np.int32), []
+        count = tokens + 8 if grows else max(length, 10)
+        places = max(length, 32 + count) if grows else length                # prompts are padded to 32 tokens
+        stream = causal.stream(model, prompt, places=places)
         last = time.perf_counter()
         for _ in itertools.islice(stream, count):
             now = time.perf_counter()
@@ -37,8 +39,9 @@ def rows(name: str, lengths: list[int], tokens: int) -> list[dict]:
         live = sum(x.nbytes for x in jax.live_arrays())
         middle = statistics.median(times[8:] or times)
         found.append({"model": name, "params": cost.params(model.spec), "softmax_layers": causal.softmax_layers(model),
-                      "length": length, "generated": count, "token_seconds": middle, "tokens_per_second": 1 / middle,
-                      "state_bytes": causal.state_bytes(model, 1, length), "live_bytes": live,
+                      "length": length, "places": places if grows else 0, "generated": count,
+                      "token_seconds": middle, "tokens_per_second": 1 / middle,
+                      "state_bytes": causal.state_bytes(model, 1, places), "live_bytes": live,
                       "fingerprint": model.fingerprint, "device": _cpu(), "threads": len(cpu_numbers()),
                       "versions": _versions("jax", "jaxlib")})
         del stream

@@ -3,10 +3,13 @@ import functools
 
 import numpy as np
 import pytest
+import tiny_tasks
 import tiny_whisper as tw
 
-from jaxslim.data import mel
+from jaxslim import hub
+from jaxslim.data import mel, task_of
 from jaxslim.data.rows import load_rows
+from jaxslim.decode import Autoregressive
 from jaxslim.generate import compression_ratio, generate, options
 
 torch = pytest.importorskip("torch")
@@ -181,3 +184,17 @@ def test_compression_ratio_and_defaults():
     assert compression_ratio(np.array([5] * 200), 51865) > 10 > 1 > compression_ratio(np.arange(8), 51865)
     _, ours = models(seed=1, scale=2.0)
     assert options(ours.spec).max_length == 64 and options(ours.spec).eos_token_id == tw.EOS
+
+
+def test_a_published_config_without_timestamps_reads_long_audio(tmp_path):
+    """`return_timestamps: false` stands in published generation configs; `eval` of a clip beyond the window goes on."""
+    folder = tiny_tasks.folder("whisper", tmp_path / "m")
+    model = hub.load(folder)
+    task = task_of(model.spec, folder)
+    wave = 0.1 * np.random.default_rng(0).standard_normal(40000).astype(np.float32)
+    batch = task.extractor([wave], 40000) | {"row": np.array([0]), "samples": np.array([40000])}
+    assert batch["input_features"].shape[-1] > 2 * model.spec["max_source_positions"]
+    options = {**task.generation, "max_length": 12}
+    texts = [Autoregressive(model, options=options | {"return_timestamps": stamps}, timed=False)(batch)[0]["ids"]
+             for stamps in (False, True)]
+    np.testing.assert_array_equal(*texts)

@@ -6,8 +6,8 @@
 Up to 30 s one window is decoded; longer audio is decoded sequentially (Whisper, arXiv 2212.04356, section 3.8): every
 window begins where the last complete pair of timestamps ended. A window whose text is too repetitive or too unlikely
 is decoded again at the next temperature; silence is skipped. Differs from transformers in one thing: a clip's result
-does not depend on the clips that are decoded beside it (there it does, when windows fall back or texts are conditioned),
-but for timestamps, which all get when one is longer than a window.
+does not depend on the clips that are decoded beside it (there it does, when windows fall back or texts are
+conditioned), but for timestamps, which all get when one is longer than a window.
 """
 from __future__ import annotations
 

@@ -106,13 +106,11 @@ class Autoregressive:
     def __call__(self, batch: dict[str, np.ndarray]) -> tuple[dict[str, Any], float]:
         from jaxslim.generate import STRIDE, generate
 
-        features, mask, options = batch["input_features"], batch["attention_mask"], self.options
-        window = STRIDE * self.model.spec["max_source_positions"]
+        features, mask = batch["input_features"], batch["attention_mask"]
         if len(features) == 1:  # `generate` reads a single clip to its end, padding or not
+            window = STRIDE * self.model.spec["max_source_positions"]
             features = features[:, :, : max(window, int(mask.sum()))]
-        if features.shape[-1] > window and options.get("return_timestamps") is False:
-            options = options | {"return_timestamps": None}  # published configs say false; long audio is read by them
-        run = lambda: generate(self.model, features, mask, **options)  # noqa: E731
+        run = lambda: generate(self.model, features, mask, **self.options)  # noqa: E731
         start, shape = time.perf_counter(), features.shape
         out = run()
         took = time.perf_counter() - start

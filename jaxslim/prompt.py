@@ -49,9 +49,12 @@ class Options:
 
 
 def generation_config(name: str) -> dict[str, Any]:
-    """The options in the generation_config.json of a model folder or hub id; keys that `generate` has not are left."""
+    """The options in the generation_config.json of a model folder or hub id; keys that `generate` has not are left, and
+    so is `return_timestamps: false`, a default there: audio longer than a window is read by timestamps all the same."""
     path = hub.folder(name) / "generation_config.json"
     config = hub._json(path) if path.is_file() else {}
+    if config.get("return_timestamps") is False:
+        del config["return_timestamps"]
     return {f.name: config[f.name] for f in dataclasses.fields(Options) if config.get(f.name) is not None}
 
 

@@ -49,8 +49,7 @@ NAMES = {"self_attn": "attention", "self_attn_layer_norm": "layer_norm", "fc1": 
 def hear(teacher: Slim, wave: jax.Array, count: int) -> tuple[list[jax.Array], list[jax.Array]]:
     """States of Whisper for the first `count` frames of wave (B, samples): the embedding without positions, the layers'
     outputs, the last one normed, (B, count, D) each; and the activations of the feed-forward blocks (B, count, F)."""
-    params = {k: v for k, v in teacher.params.items() if not k.startswith(POSITION)}
-    model = bind.bind(teacher.spec, params)
+    model = bind.bind(teacher.spec, teacher.params)   # which leaves aux.* alone
     encoder = getattr(model, "model", model).encoder
     wave = jnp.pad(LEVEL * wave[:, SHIFT:], ((0, 0), (0, SHIFT + STRIDE)))[:, : STRIDE * count]
     x = jnp.swapaxes(mel._log_mel(wave, teacher.spec["num_mel_bins"], "float32"), 1, 2)       # (B, 2 count, mels)

@@ -6,10 +6,10 @@
 Ways: separate (SVD of each matrix), product (SVD of Q-K and V-O), twins (whitened, no FFN), ours (whitened, with
 the FFN), uniform (ours without global ranks), prune (whole heads and FFN units by magnitude, of as many MACs as
 `ours` of that size), control (the teacher itself, trained on as long). `--steps` of the task's loss and KL to the
-teacher follow, all parameters but the front end (Whisper: short clips come joined too, so that they fill its window); 0
-scores what the cut left. The training prompts are one speaker; `--general` is any other DATA to score on. Prints a JSON
-list: a row for every size, WER and CER (fractions) on the prompts' test set, means over the seeds. No test data is seen
-before the scores.
+teacher follow, all parameters but the front end (of Whisper only the control's is fixed, as LowRank's freeze_frontend
+does not know its names; its short clips come joined too, to fill the window); 0 scores what the cut left. The training
+prompts are one speaker; `--general` is any other DATA to score on. Prints a JSON list: a row for every size, WER and
+CER (fractions) on the prompts' test set, means over the seeds. No test data is seen before the scores.
 """
 from __future__ import annotations
 

@@ -106,23 +106,32 @@ class Autoregressive:
     def __call__(self, batch: dict[str, np.ndarray]) -> tuple[dict[str, Any], float]:
         from jaxslim.generate import STRIDE, generate
 
-        features, mask = batch["input_features"], batch["attention_mask"]
-        if len(features) == 1:  # `generate` reads a single clip to its end, padding or not
-            window = STRIDE * self.model.spec["max_source_positions"]
-            features = features[:, :, : max(window, int(mask.sum()))]
-        run = lambda: generate(self.model, features, mask, **self.options)  # noqa: E731
-        start, shape = time.perf_counter(), features.shape
-        out = run()
-        took = time.perf_counter() - start
-        if self.timed and shape not in self.seen:
+        features, frames = batch["input_features"], batch["attention_mask"].sum(-1)                     # (B, mels, T)
+        window, took, segments = STRIDE * self.model.spec["max_source_positions"], 0.0, [[]] * len(features)
+        # Alone, longer clips get timestamps and others do not: neither may depend on what else is in the batch.
+        for rows, end in ((np.flatnonzero(frames <= window), window), (np.flatnonzero(frames > window), frames.max())):
+            if not len(rows):
+                continue
+            part, mask = features[rows][:, :, :end], batch["attention_mask"][rows][:, :end]
+            run = functools.partial(generate, self.model, part, mask, **self.options)
             start = time.perf_counter()
-            run()
-            took, first = time.perf_counter() - start, took
-            self.compile_seconds += max(first - took, 0.0)
-        self.seen.add(shape)
-        lengths = np.array([sum(len(s["tokens"]) for s in segments) for segments in out.segments])
-        return {"ids": out.sequences, "lengths": lengths, "row": batch["row"], "samples": batch["samples"],
-                "segments": out.segments}, took  # fmt: skip
+            out = run()
+            seconds = time.perf_counter() - start
+            if self.timed and part.shape not in self.seen:
+                start = time.perf_counter()
+                run()
+                seconds, first = time.perf_counter() - start, seconds
+                self.compile_seconds += max(first - seconds, 0.0)
+            self.seen.add(part.shape)
+            took += seconds
+            for row, found in zip(rows, out.segments, strict=True):
+                segments[row] = found
+        texts = [[t for s in each for t in s["tokens"]] for each in segments]
+        ids = np.full((len(texts), max(map(len, texts))), self.model.spec["pad_token_id"], np.int64)
+        for row, text in zip(ids, texts, strict=True):
+            row[: len(text)] = text
+        return {"ids": ids, "lengths": np.array([len(t) for t in texts]), "row": batch["row"],
+                "samples": batch["samples"], "segments": segments}, took  # fmt: skip
 
 
 def decoder(model: Slim, task, mesh=None, dtype=None, timed: bool = True,

@@ -10,6 +10,7 @@ said there stands under `jaxslim_stock`, and `restore` puts it back.
 """
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
 import re
 import textwrap
@@ -118,6 +119,7 @@ def files(spec: Spec, architecture: str) -> dict[str, str]:
             "values[GUARDED] = GUARD", 'values[GUARDED] = {**values[GUARDED], "hidden_act": GUARD}')
     configuration = configuration.replace('"jaxslim-wav2vec2"', f'"jaxslim-{spec.family}"')
     configuration = _rename(configuration, spec.family, prefix).replace('"hidden_act"', f'"{_guarded(spec.config)}"')
+    configuration = configuration.replace('MODELING = ""', f'MODELING = "{hashlib.sha256(modeling.encode()).hexdigest()[:16]}"')
     return dict(zip(FILES, (configuration, modeling), strict=True))
 
 

@@ -311,6 +311,16 @@ def test_every_mixer_in_torch(family, head, names, tmp_path):
         assert set(theirs.state_dict()) == set(model.params)
 
 
+def test_two_folders_of_one_name_open_in_one_process(tmp_path):
+    """transformers keeps one model class for a configuration class, and one such class for files of the same text."""
+    thin, mixed = stock("wav2vec2 base").with_block("encoder.0.attention", v_dim=4), stock("wav2vec2 base").with_block(
+        "encoder.1.attention", mixer="elu")
+    for where, spec in (("a", thin), ("b", mixed), ("a2", thin)):
+        model = tiny.slim(spec)
+        export(model, tmp_path / where / "m")
+        agree(model, transformers.AutoModelForCTC.from_pretrained(tmp_path / where / "m", trust_remote_code=True).eval())
+
+
 def test_one_linformer_matrix_for_all_layers_in_torch(tmp_path):
     spec = stock("wav2vec2 base")
     for i in (0, 1):

@@ -201,3 +201,22 @@ def test_a_published_config_without_timestamps_reads_long_audio(tmp_path):
     texts = [Autoregressive(model, options=options | stamps, timed=False)(batch)[0]["ids"]
              for stamps in ({}, {"return_timestamps": True})]
     np.testing.assert_array_equal(*texts)
+
+
+def test_a_clip_says_the_same_beside_a_longer_one(tmp_path):
+    folder = tiny_tasks.folder("whisper", tmp_path / "m")
+    model = hub.load(folder)
+    task = task_of(model.spec, folder)
+    rng, window = np.random.default_rng(0), 2 * model.spec["max_source_positions"]
+    waves = [0.1 * rng.standard_normal(n).astype(np.float32) for n in (9000, 40000, 12000)]
+    decode = Autoregressive(model, options={**task.generation, "max_length": 12}, timed=False)
+
+    def said(group):
+        length = max(map(len, group))
+        batch = task.extractor(group, length) | {"row": np.arange(len(group)), "samples": np.array(list(map(len, group)))}
+        out, _ = decode(batch)
+        assert batch["input_features"].shape[-1] > window or len(group) == 1
+        return [ids[:n].tolist() for ids, n in zip(out["ids"], out["lengths"])]
+
+    together = said(waves)
+    assert together == [said([w])[0] for w in waves] and len(together[1]) > 0

@@ -201,7 +201,7 @@ class Adapter(Method):
         return student.replace(params=params), sum(open_) / max(len(open_), 1)
 
     def control(self) -> Method:
-        return Finetune(freeze=("feature_extractor",))
+        return Finetune(freeze=(roles.FRONTEND,))
 
     def group(self, name: str) -> str:
         if stored_statistic(name):

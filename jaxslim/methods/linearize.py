@@ -300,7 +300,7 @@ class Linearize(Method):
     def control(self) -> Method | None:
         if self.objective == "align":
             return None
-        return Finetune(freeze=("feature_extractor",) if self.freeze_frontend else ())
+        return Finetune(freeze=(roles.FRONTEND,) if self.freeze_frontend else ())
 
     def group(self, name: str) -> str:
         live, name = name.startswith(LIVE), name.removeprefix(LIVE)
@@ -309,7 +309,7 @@ class Linearize(Method):
         if self.objective == "align":
             inside = re.search(r"\.(self_attn|attention)\.", name)
             return "main" if inside and (self.align_projections or NEW.search(name)) else "frozen"
-        if self.freeze_frontend and "feature_extractor" in name:
+        if self.freeze_frontend and re.search(roles.FRONTEND, name):
             return "frozen"
         return "teacher" if live else "main"
 

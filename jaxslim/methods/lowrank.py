@@ -191,7 +191,7 @@ class LowRank(Method):
 
     def control(self) -> Method | None:
         return None if self.objective == "layers" else Finetune(
-            freeze=("feature_extractor",) if self.freeze_frontend else ())
+            freeze=(roles.FRONTEND,) if self.freeze_frontend else ())
 
     def group(self, name: str) -> str:
         if stored_statistic(name):
@@ -199,7 +199,7 @@ class LowRank(Method):
         if self.trained == "lora":
             return "main" if ".lora_" in name else "frozen"
         if self.trained == "all":
-            return "frozen" if self.freeze_frontend and "feature_extractor" in name else "main"
+            return "frozen" if self.freeze_frontend and re.search(roles.FRONTEND, name) else "main"
         return "main" if FACTORS.search(name) else "frozen"
 
     def finish(self, student: Slim, batches) -> Slim:

@@ -103,6 +103,10 @@ FAMILIES["gpt_neox"] = Family(
     rest={"embedding": "embed_in"}, heads={"causal": "lm_head"})
 
 
+# Parameters of the convolutions at the front; of Whisper also the encoder's positions, which transformers never trains.
+FRONTEND = r"(^|\.)(feature_extractor\.conv_layers|encoder\.conv\d|encoder\.embed_positions)\."
+
+
 def prefix(spec: Spec) -> str:
     """'wav2vec2.' for a model with a head, '' for the bare encoder."""
     return "" if spec.head == "none" else FAMILIES[spec.family].prefix + "."

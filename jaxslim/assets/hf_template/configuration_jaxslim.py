@@ -9,6 +9,9 @@ from transformers import Wav2Vec2Config
 # What config.json says in place of GUARDED's value, so that a stock class stops instead of ignoring weights.
 GUARD = "jaxslim: open this folder with AutoModel... and trust_remote_code=True"
 GUARDED = "hidden_act"
+# Digest of modeling_jaxslim.py. transformers takes configurations of the same text for one class, with one model class:
+# without it the second of two folders opened in a process would get the model code of the first.
+MODELING = ""
 
 
 class JaxslimConfig(Wav2Vec2Config):

@@ -119,7 +119,8 @@ def files(spec: Spec, architecture: str) -> dict[str, str]:
             "values[GUARDED] = GUARD", 'values[GUARDED] = {**values[GUARDED], "hidden_act": GUARD}')
     configuration = configuration.replace('"jaxslim-wav2vec2"', f'"jaxslim-{spec.family}"')
     configuration = _rename(configuration, spec.family, prefix).replace('"hidden_act"', f'"{_guarded(spec.config)}"')
-    configuration = configuration.replace('MODELING = ""', f'MODELING = "{hashlib.sha256(modeling.encode()).hexdigest()[:16]}"')
+    digest = hashlib.sha256(modeling.encode()).hexdigest()[:16]
+    configuration = configuration.replace('MODELING = ""', f'MODELING = "{digest}"')
     return dict(zip(FILES, (configuration, modeling), strict=True))
 
 

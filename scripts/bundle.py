@@ -1,7 +1,8 @@
-"""Puts a trained model into checkpoints/ as a bundled one, weights in half precision; or prompts into the package.
+"""Puts a trained model into checkpoints/ as a bundled one, weights in half precision; or speech into the package.
 
     python scripts/bundle.py runs/teacher/final          # -> checkpoints/wav2vec2-ctc-en, in place of the old weights
     python scripts/bundle.py prompts --prompts           # -> jaxslim/assets/prompts-{es,fr,it,ru}/{train,test}.parquet
+    python scripts/bundle.py heldout.parquet --general   # -> jaxslim/assets/synthetic-en/test.parquet
 
 config.json keeps dtype float32, so transformers and jaxslim open the model in fp32. Tokenizer, processor and NOTICE of
 the model already there stay (of SRC for a new name), and so does its card: edit the numbers in its README.md. Then
@@ -9,7 +10,8 @@ the model already there stay (of SRC for a new name), and so does its card: edit
 
 With --prompts SRC is a folder with LANG/train.parquet (Asterisk core sounds, 16 kHz Ogg/Opus; the columns of
 prompts-en, no text). Of the clips of 1 to 6 s, 120 at equal distances in the order of their ids are taken, every third
-for test; the bytes of the audio stay as they are. NOTICE and README.md of the folders are written by hand.
+for test. With --general SRC is one Parquet file with texts, of which 100 clips are taken in the same way. The bytes of
+the audio stay as they are. NOTICE and README.md of the folders are written by hand.
 """
 import argparse
 import pathlib
@@ -40,13 +42,24 @@ def prompts(source: pathlib.Path, target: pathlib.Path) -> None:
             print(f"{folder / split}: {part.num_rows} clips, {pc.sum(part['duration']).as_py() / 60:.1f} min")
 
 
+def general(source: pathlib.Path, folder: pathlib.Path) -> None:
+    table = pq.read_table(source, columns=[*COLUMNS[:2], "text", *COLUMNS[2:]]).sort_by("id")
+    part = table.take(np.linspace(0, table.num_rows - 1, 100).round().astype(int))
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(part, folder / "test.parquet", compression="none")
+    print(f"{folder}: {part.num_rows} clips, {pc.sum(part['duration']).as_py() / 60:.1f} min")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("src", help="folder, hub id or bundled:NAME of the trained model")
     parser.add_argument("--name", default="wav2vec2-ctc-en")
     parser.add_argument("--prompts", action="store_true", help="SRC is a folder of prompts, LANG/train.parquet")
+    parser.add_argument("--general", action="store_true", help="SRC is a Parquet file of other speech, for testing")
     parser.add_argument("--assets", type=pathlib.Path, default=ROOT / "jaxslim/assets", help="where prompts go")
     args = parser.parse_args()
+    if args.general:
+        return general(pathlib.Path(args.src), args.assets / "synthetic-en")
     if args.prompts:
         return prompts(pathlib.Path(args.src), args.assets)
     model, target = hub.load(args.src), ROOT / "checkpoints" / args.name

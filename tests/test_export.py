@@ -318,7 +318,8 @@ def test_two_folders_of_one_name_open_in_one_process(tmp_path):
     for where, spec in (("a", thin), ("b", mixed), ("a2", thin)):
         model = tiny.slim(spec)
         export(model, tmp_path / where / "m")
-        agree(model, transformers.AutoModelForCTC.from_pretrained(tmp_path / where / "m", trust_remote_code=True).eval())
+        theirs = transformers.AutoModelForCTC.from_pretrained(tmp_path / where / "m", trust_remote_code=True)
+        agree(model, theirs.eval())
 
 
 def test_one_linformer_matrix_for_all_layers_in_torch(tmp_path):

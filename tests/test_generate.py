@@ -212,8 +212,8 @@ def test_a_clip_says_the_same_beside_a_longer_one(tmp_path):
     decode = Autoregressive(model, options={**task.generation, "max_length": 12}, timed=False)
 
     def said(group):
-        length = max(map(len, group))
-        batch = task.extractor(group, length) | {"row": np.arange(len(group)), "samples": np.array(list(map(len, group)))}
+        lengths = np.array(list(map(len, group)))
+        batch = task.extractor(group, lengths.max()) | {"row": np.arange(len(group)), "samples": lengths}
         out, _ = decode(batch)
         assert batch["input_features"].shape[-1] > window or len(group) == 1
         return [ids[:n].tolist() for ids, n in zip(out["ids"], out["lengths"])]

@@ -113,7 +113,7 @@ class Seq2SeqTask:
         """Ids of each row -> `decoder_input_ids` and, one token ahead, `labels` (B, width), as in fine-tuning with
         transformers: the decoder is told the first token and learns the others."""
         labels = [np.asarray(row, np.int32) for row in labels]
-        inputs = padded([row[:-1] for row in labels], width, self.tokenizer.pad_token_id)
+        inputs = padded([row[:-1] for row in labels], width, self.tokenizer.pad_token_id or 0)
         return {"decoder_input_ids": inputs, "labels": padded([row[1:] for row in labels], width, -100)}
 
     def decode(self, ids: Iterable[int]) -> str:

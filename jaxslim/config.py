@@ -13,6 +13,7 @@ import yaml
 from etils import epath
 
 from jaxslim.errors import ClearError
+from jaxslim.score import NORMALIZERS
 from jaxslim.spec import nearest
 
 
@@ -36,6 +37,11 @@ class Data:
     validation: str | None = None
     test: str | None = None
     language: str | None = None       # of the speech, for Whisper models: "en", "german", ...
+    normalize: str = "none"           # of both texts before they are scored: a name of score.NORMALIZERS
+
+    def __post_init__(self):
+        if self.normalize not in NORMALIZERS:
+            raise ConfigError(f"data.normalize {self.normalize!r}: use one of {', '.join(NORMALIZERS)}.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -126,7 +126,7 @@ class _Work:
             if cfg.teacher_cache and not control:
                 batches, guide = cached.attach(cfg.teacher_cache, method, guide, batches, cfg), None
             student = loop.run(method, student, guide, cfg, batches, partial, mesh=mesh, name=name,
-                               validate=validation(self.recipe.data.validation, self.task))
+                               validate=validation(self.recipe.data, self.task))
         student = method.finish(student, batches)
         info = {"name": stage.name, "path": name, "config": wanted, "fingerprint": student.fingerprint,
                 "params": [cost.params(m.spec) for m in (parent, student)],
@@ -155,7 +155,7 @@ class _Work:
         return not differs
 
     def validate(self, model: Slim) -> dict[str, float]:
-        check = validation(self.recipe.data.validation, self.task)
+        check = validation(self.recipe.data, self.task)
         scores = check(model) if check else {}
         return {k: scores[k] for k in ("wer", "cer", "accuracy", "bits_per_character") if k in scores}
 
@@ -175,7 +175,9 @@ class _Work:
         result: dict[str, Any] = {"version": 1, "recipe": os.path.basename(path)}
         for role, (model, place, trained) in models.items():
             before = old.get(role, {})
-            if before.get("fingerprint") == model.fingerprint and before.get("data") == self.recipe.data.test:
+            data = self.recipe.data
+            if (before.get("fingerprint"), before.get("data"), before.get("normalize", data.normalize)) == (
+                    model.fingerprint, data.test, data.normalize):
                 result[role] = before
                 continue
             entry = {"path": os.fspath(place), "fingerprint": model.fingerprint, "data": self.recipe.data.test,
@@ -184,7 +186,7 @@ class _Work:
             if self.recipe.data.test:
                 log.info("Evaluating the %s on %s.", role, self.recipe.data.test)
                 kind = "bits" if model.spec.head == "causal" else "predictions"
-                scores = evaluate(model, self.recipe.data.test, task=self.task,
+                scores = evaluate(model, self.recipe.data.test, task=self.task, normalize=data.normalize,
                                   predictions=self.folder / f"{kind}-{role}.jsonl")
                 entry |= {k: v for k, v in scores.items() if isinstance(v, int | float | str)}
                 if model is not self.teacher and model.spec.head == "ctc":
@@ -340,7 +342,7 @@ def train(path: str, overrides: Sequence[str] = ()) -> Slim:
     method = config.build(METHODS["train"], cfg.options, f"{path}: options")
     mesh = M.make(cfg.mesh)
     batches = training_batches(cfg.data.train, task, cfg, mesh)
-    validate = validation(cfg.data.validation, task)
+    validate = validation(cfg.data, task)
     if jax.process_index() == 0:
         (folder / "config.yaml").write_text(config.dump(cfg))
 
@@ -368,14 +370,14 @@ def source(cfg: config.Run, folder) -> str:
     return cfg.model
 
 
-def validation(data: str | None, task):
+def validation(data: config.Data, task):
     """Slim -> scores on validation data; None without data."""
-    if not data:
+    if not data.validation:
         return None
-    rows = load_rows(data)
+    rows = load_rows(data.validation)
 
     def check(model: Slim):
-        return evaluate(model, rows, task=task, progress=False)
+        return evaluate(model, rows, task=task, normalize=data.normalize, progress=False)
 
     check.rows = rows  # for the clips in TensorBoard
     return check

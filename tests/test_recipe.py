@@ -2,6 +2,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 
 import pytest
@@ -78,6 +79,17 @@ def test_what_a_run_leaves(done):
         assert [r["step"] for r in L.read(str(folder / name))] == list(range(1, steps + 1))
         assert list((folder / name / "tensorboard").iterdir())
     assert (folder / "final" / "vocab.json").exists()
+
+
+def test_scores_of_normalised_texts(file, done, tmp_path):
+    """Another normaliser scores again, with the models that are there."""
+    folder = tmp_path / "run"
+    shutil.copytree(done[1], folder)
+    found = recipe.run(file, str(folder), ["data.normalize=letters"])
+    assert found["student"]["normalize"] == "letters" and done[0]["student"]["normalize"] == "none"
+    kept = [{k: v for k, v in times(f).items() if not k.startswith("final")} for f in (folder, done[1])]
+    assert found["student"]["fingerprint"] == done[0]["student"]["fingerprint"] and kept[0] == kept[1]
+    assert found["student"]["normalize_hash"] != done[0]["student"]["normalize_hash"]
 
 
 def test_model_card(done):
@@ -199,6 +211,7 @@ def test_no_control(file, tmp_path):
     ("data.train=null", ConfigError, "data.train must be set"),
     ("data.test=nowhere.parquet", DataError, "nowhere.parquet"),
     ("data.validation=bundled:prompts-xx/test", DataError, "prompts-xx"),
+    ("data.normalize=letter", ConfigError, "use one of none, letters"),
     ("teacher=nowhere", hub.HubError, "nowhere does not exist"),
     ("joint.train.mesh=data=77", ValueError, "takes 77 devices"),
     ("align.train.groups={mian: {}}", ValueError, r"train.groups has no \['main'\]"),

@@ -6,7 +6,7 @@
 Ways: separate (SVD of each matrix), product (SVD of Q-K and V-O), twins (whitened, no FFN), ours (whitened, with
 the FFN), uniform (ours without global ranks), prune (whole heads and FFN units by magnitude, of as many MACs as
 `ours` of that size), control (the teacher itself, trained on as long by the task's loss alone). `--steps` of the task's
-loss and KL to the teacher follow, all parameters but the front end; 0 scores what the cut left. A window of Whisper
+loss and KL to the teacher follow, of the encoder's attention and FFN; 0 scores what the cut left. A window of Whisper
 always costs 30 s, so there short clips are trained on joined, and only so, in many ways and at three speeds. The
 training prompts are one speaker; `--general` is any other DATA to score on. `--max-length`: tokens that a decoder may
 say on the one and the other; Whisper repeats itself on some clips, and broken models on most.
@@ -33,10 +33,8 @@ from jaxslim import cost, hub, versus
 from jaxslim.config import Group, Train
 from jaxslim.data import task_of
 from jaxslim.evaluate import evaluate, frame_agreement
-from jaxslim.methods.finetune import Finetune
 from jaxslim.methods.lowrank import LowRank
 from jaxslim.methods.prune import Prune
-from jaxslim.models import roles
 from jaxslim.recipe import training_batches
 from jaxslim.speed_worker import _cpu, _versions, cpu_numbers
 from jaxslim.train import loop
@@ -116,8 +114,8 @@ def main() -> None:
             model, began = start, time.monotonic()
             if args.steps:
                 cfg = settings(args.steps, seed)
-                method = Finetune(freeze=(roles.FRONTEND,)) if args.way == "control" else LowRank(
-                    objective="task", trained="all")
+                method = LowRank(objective="task")
+                method = method.control() if args.way == "control" else method
                 with tempfile.TemporaryDirectory() as folder:
                     model = loop.run(method, start, teacher, cfg, training_batches(heard, task, cfg, mesh), folder,
                                      mesh=mesh, name=f"{args.way} {share:g}")

@@ -309,9 +309,15 @@ def test_task_objective_and_control():
     assert set(value(LowRank(objective="task", logit_weight=0.0), PLAIN, PLAIN, RAGGED)) == {"ctc", "unfit"}
     assert LowRank().control() is None
     control = LowRank(objective="task").control()
-    assert [control.group(n) for n in ("a.feature_extractor.b", "lm_head.bias")] == ["frozen", "main"]
-    every = LowRank(objective="task", trained="all")
-    assert [every.group(n) for n in ("a.feature_extractor.b", "lm_head.bias")] == ["frozen", "main"]
+    names = ("lm_head.bias", "a.feature_extractor.conv_layers.0.conv.weight", "model.encoder.conv1.weight",
+             "model.encoder.layers.0.fc1.bias", "model.decoder.layers.0.encoder_attn.q_proj.weight")
+    moving = {"factors": names[3:4], "all": (names[0], *names[3:])}
+    for trained, wanted in moving.items():
+        recover = LowRank(objective="task", trained=trained)
+        for method in (recover, recover.control()):
+            assert tuple(n for n in names if method.group(n) == "main") == wanted
+    assert LowRank(sides=("encoder", "decoder")).group(names[4]) == "main"
+    assert control == LowRank(objective="task", trained="lora", lora_rank=2).control()
 
 
 # ---- results ----

@@ -190,17 +190,21 @@ class LowRank(Method):
         return self.objective != "layers"
 
     def control(self) -> Method | None:
-        return None if self.objective == "layers" else Finetune(
-            freeze=(roles.FRONTEND,) if self.freeze_frontend else ())
+        return None if self.objective == "layers" else Finetune(freeze=self.fixed())
+
+    def fixed(self) -> tuple[str, ...]:
+        """Regular expressions of what is not trained; of `lora` those of the control."""
+        if self.trained == "all":
+            return (roles.FRONTEND,) if self.freeze_frontend else ()
+        others = {"encoder", "decoder"} - {*self.sides}
+        return (rf"^(?!.*{FACTORS.pattern})", *(rf"(^|\.){side}\.layers\." for side in sorted(others)))
 
     def group(self, name: str) -> str:
         if stored_statistic(name):
             return "frozen"
         if self.trained == "lora":
             return "main" if ".lora_" in name else "frozen"
-        if self.trained == "all":
-            return "frozen" if self.freeze_frontend and re.search(roles.FRONTEND, name) else "main"
-        return "main" if FACTORS.search(name) else "frozen"
+        return "frozen" if any(re.search(p, name) for p in self.fixed()) else "main"
 
     def finish(self, student: Slim, batches) -> Slim:
         """Merges LoRA; how much that moves the outputs is said in fp32 and again in bfloat16."""

@@ -4,6 +4,10 @@ Most are slow: `datasets` waits five seconds whenever it closes a Parquet stream
 """
 import io
 import json
+import os
+import socket
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -125,16 +129,22 @@ def test_another_number_of_hosts_goes_on_about_there(parquet, caplog):
     assert two.get_state.__self__._skip == state["block"] * 8 // 2 and "2 hosts instead of 1" in caplog.text
 
 
-def test_tar_files(tmp_path):
-    for part in range(2):
-        with tarfile.open(tmp_path / f"s-{part}.tar", "w") as tar:
-            for row in rows(8, part * 8):
+def tar_files(folder, rows_each=(14, 9)):
+    first = 0
+    for part, count in enumerate(rows_each):
+        with tarfile.open(folder / f"s-{part}.tar", "w") as tar:
+            for row in rows(count, first):
                 for ending, data in (("wav", row["audio"]["bytes"]), ("txt", row["text"].encode()),
                                      ("json", json.dumps({"speaker": "x"}).encode())):
                     info = tarfile.TarInfo(f"{row['id']}.{ending}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
-    batches = StreamBatches(f"stream:{tmp_path}/s-{{0..1}}.tar", TASK, batch_size=4, block=16, epochs=1)
+        first += count
+    return f"stream:{folder}/s-{{0..{len(rows_each) - 1}}}.tar"
+
+
+def test_tar_files(tmp_path):
+    batches = StreamBatches(tar_files(tmp_path, (8, 8)), TASK, batch_size=4, block=16, epochs=1)
     taken = epoch(batches)
     assert sorted(ids(taken)) == sorted(f"r{i}" for i in range(16))
     assert set(batches.rows.column("speaker")) == {"x"}
@@ -198,3 +208,49 @@ def test_a_run_trains_from_a_stream_and_resumes(small, tmp_path):
     b = recipe.train(str(tmp_path / "run.yaml"), part)
     for k, v in a.params.items():
         np.testing.assert_array_equal(v, b.params[k], err_msg=k)
+
+
+@pytest.mark.multiprocess
+def test_two_processes_stay_in_step_and_resume(tmp_path):
+    """Each reads its own file, the longer one sets the count; a state taken in the middle gives the rest again."""
+    source = tar_files(tmp_path)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    both = [subprocess.Popen([sys.executable, __file__, address, str(i), source], env=env, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True) for i in range(2)]
+    outs = []
+    for process in both:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err[-2000:]
+        outs.append(json.loads(out.splitlines()[-1]))
+    shapes = [[shape for shape, _ in o["whole"]] for o in outs]
+    assert shapes[0] == shapes[1] and shapes[0][0][0] == 2
+    seen = [sorted(name for _, names in o["whole"] for name in names) for o in outs]
+    assert sorted(seen[0] + seen[1]) == sorted(f"r{i}" for i in range(23)) and not {*seen[0]} & {*seen[1]}
+    for o in outs:
+        assert o["rest"] == o["whole"][4:] and o["state"]["hosts"] == 2
+    assert outs[0]["state"] == outs[1]["state"]
+
+
+def child(address, process, source):
+    import jax
+
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(address, 2, int(process))
+    jax.devices()  # both at once: to wait for the other ends after two minutes
+    make = lambda: StreamBatches(source, TASK, batch_size=4, block=5, epochs=1, buckets=(0.6, 1.1),  # noqa: E731
+                                 host=int(process), hosts=2)
+    short = lambda taken: [(b["input_values"].shape, names) for b, names in taken]  # noqa: E731
+    whole, first, again = short(epoch(make())), make(), make()
+    for _ in range(4):
+        next(first)
+    state = json.loads(json.dumps(first.get_state()))
+    first.close()
+    again.set_state(state)
+    print(json.dumps({"whole": whole, "rest": short(epoch(again)), "state": state}))
+
+
+if __name__ == "__main__":
+    child(*sys.argv[1:])

@@ -2,7 +2,8 @@
 
     python scripts/bundle.py runs/teacher/final          # -> checkpoints/wav2vec2-ctc-en, in place of the old weights
     python scripts/bundle.py prompts --prompts           # -> jaxslim/assets/prompts-{es,fr,it,ru}/{train,test}.parquet
-    python scripts/bundle.py heldout.parquet --general   # -> jaxslim/assets/synthetic-en/test.parquet
+    python scripts/bundle.py heldout.parquet --general test            # -> jaxslim/assets/synthetic-en/test.parquet
+    python scripts/bundle.py flite.parquet+piper.parquet --general train # -> jaxslim/assets/synthetic-en/train.parquet
 
 config.json keeps dtype float32, so transformers and jaxslim open the model in fp32. Tokenizer, processor and NOTICE of
 the model already there stay (of SRC for a new name), and so does its card: edit the numbers in its README.md. Then
@@ -10,13 +11,14 @@ the model already there stay (of SRC for a new name), and so does its card: edit
 
 With --prompts SRC is a folder with LANG/train.parquet (Asterisk core sounds, 16 kHz Ogg/Opus; the columns of
 prompts-en, no text). Of the clips of 1 to 6 s, 120 at equal distances in the order of their ids are taken, every third
-for test. With --general SRC is one Parquet file with texts, of which 100 clips are taken in the same way. The bytes of
-the audio stay as they are. NOTICE and README.md of the folders are written by hand.
+for test. With --general SRC is Parquet files with texts, of which 100 clips (train: 200 of each) are taken in the same
+way. The bytes of the audio stay as they are. NOTICE and README.md of the folders are written by hand.
 """
 import argparse
 import pathlib
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -24,6 +26,7 @@ from jaxslim import hub
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LANGUAGES, CLIPS, SECONDS = ("es", "fr", "it", "ru"), 120, (1.0, 6.0)
+GENERAL = {"test": 100, "train": 200}   # clips of each file
 COLUMNS = ("id", "audio", "speaker", "language", "duration")
 
 
@@ -42,12 +45,15 @@ def prompts(source: pathlib.Path, target: pathlib.Path) -> None:
             print(f"{folder / split}: {part.num_rows} clips, {pc.sum(part['duration']).as_py() / 60:.1f} min")
 
 
-def general(source: pathlib.Path, folder: pathlib.Path) -> None:
-    table = pq.read_table(source, columns=[*COLUMNS[:2], "text", *COLUMNS[2:]]).sort_by("id")
-    part = table.take(np.linspace(0, table.num_rows - 1, 100).round().astype(int))
+def general(sources: str, split: str, folder: pathlib.Path) -> None:
+    parts = []
+    for source in sources.split("+"):
+        table = pq.read_table(source, columns=[*COLUMNS[:2], "text", *COLUMNS[2:]]).sort_by("id")
+        parts.append(table.take(np.linspace(0, table.num_rows - 1, GENERAL[split]).round().astype(int)))
+    part = pa.concat_tables(parts)
     folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(part, folder / "test.parquet", compression="none")
-    print(f"{folder}: {part.num_rows} clips, {pc.sum(part['duration']).as_py() / 60:.1f} min")
+    pq.write_table(part, folder / f"{split}.parquet", compression="none")
+    print(f"{folder / split}: {part.num_rows} clips, {pc.sum(part['duration']).as_py() / 60:.1f} min")
 
 
 def main() -> None:
@@ -55,11 +61,11 @@ def main() -> None:
     parser.add_argument("src", help="folder, hub id or bundled:NAME of the trained model")
     parser.add_argument("--name", default="wav2vec2-ctc-en")
     parser.add_argument("--prompts", action="store_true", help="SRC is a folder of prompts, LANG/train.parquet")
-    parser.add_argument("--general", action="store_true", help="SRC is a Parquet file of other speech, for testing")
+    parser.add_argument("--general", choices=GENERAL, help="SRC is Parquet files of other speech, for this split")
     parser.add_argument("--assets", type=pathlib.Path, default=ROOT / "jaxslim/assets", help="where prompts go")
     args = parser.parse_args()
     if args.general:
-        return general(pathlib.Path(args.src), args.assets / "synthetic-en")
+        return general(args.src, args.general, args.assets / "synthetic-en")
     if args.prompts:
         return prompts(pathlib.Path(args.src), args.assets)
     model, target = hub.load(args.src), ROOT / "checkpoints" / args.name

@@ -264,7 +264,7 @@ def main() -> None:
     student = stock if args.student else method.student(teacher, stock, make(), jax.random.key(cfg.seed))
     student = scratch.changed(student, cfg.model_config)
     trained = loop.run(method, student, teacher, cfg, make(), cfg.output_dir, mesh=mesh, name="from_whisper",
-                       validate=recipe.validation(cfg.data.validation, task))
+                       validate=recipe.validation(cfg.data, task))
     hub.save(trained, f"{cfg.output_dir}/final", source=args.stock)
 
 

@@ -7,9 +7,10 @@ Ways: separate (SVD of each matrix), product (SVD of Q-K and V-O), twins (whiten
 the FFN), uniform (ours without global ranks), prune (whole heads and FFN units by magnitude, of as many MACs as
 `ours` of that size), control (the teacher itself, trained on as long by the task's loss alone). `--steps` of the task's
 loss and KL to the teacher follow, of the encoder's attention and FFN; 0 scores what the cut left. A window of Whisper
-always costs 30 s, so there short clips are trained on joined, and only so, in many ways and at three speeds. The
-training prompts are one speaker; `--general` is any other DATA to score on. `--max-length`: tokens that a decoder may
-say on the one and the other; Whisper repeats itself on some clips, and broken models on most.
+always costs 30 s, so there short clips are trained on joined, and only so, at three speeds. The training prompts are
+one speaker; `--train` may mix general speech in against forgetting, `--general` is DATA of it to score on, too.
+`--max-length`: tokens that a decoder may say on the one and the other; Whisper repeats itself on some clips, and broken
+models on most.
 
 Prints a JSON list: a row for every size, WER and CER (fractions) on the prompts' test set, means over the seeds; with
 `--predictions` also the difference to the control of as many steps and seeds, if that has run before, and the upper end
@@ -90,6 +91,7 @@ def main() -> None:
     parser.add_argument("--remove", default="0.1,0.2,0.3,0.45,0.6")
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--seeds", default="0")
+    parser.add_argument("--train", default=DATA + "train")
     parser.add_argument("--general", default="")
     parser.add_argument("--model", default="bundled:wav2vec2-ctc-en")
     parser.add_argument("--normalize", default="none")
@@ -100,9 +102,8 @@ def main() -> None:
     teacher, mesh = hub.load(args.model), M.make()
     task, settings = task_of(teacher.spec, hub.folder(args.model)), functools.partial(train, head=teacher.spec.head)
     score = functools.partial(evaluate, progress=False, normalize=args.normalize)
-    heard = ("6*" if teacher.spec.head == "seq2seq" else "") + DATA + "train"
     seeds = [int(s) for s in args.seeds.split(",")] if args.steps else [0]
-    batches = training_batches(heard, task, settings(1, 0), mesh)
+    batches = training_batches(args.train, task, settings(1, 0), mesh)
     found = students(args.way, teacher, batches, tuple(float(r) for r in args.remove.split(",")))
     rows, tests = [], {"target": DATA + "test"} | ({"general": args.general} if args.general else {})
     tasks = dict.fromkeys(tests, task)
@@ -117,7 +118,7 @@ def main() -> None:
                 method = LowRank(objective="task")
                 method = method.control() if args.way == "control" else method
                 with tempfile.TemporaryDirectory() as folder:
-                    model = loop.run(method, start, teacher, cfg, training_batches(heard, task, cfg, mesh), folder,
+                    model = loop.run(method, start, teacher, cfg, training_batches(args.train, task, cfg, mesh), folder,
                                      mesh=mesh, name=f"{args.way} {share:g}")
             took = time.monotonic() - began
             got = {"recover_seconds": took}

@@ -43,7 +43,7 @@ SHIFT = 520    # samples from the start of a wav2vec2 frame's field to its centr
 STRIDE = 320   # samples from frame to frame, of both
 POSITION = "aux.position."
 FRONT = dict(conv_kernel=[1, mel.SIZE, 1, 1, 1, 3, 3], conv_stride=[1, mel.HOP, 1, 1, 1, 1, 2])
-TINY = 1e-3             # of the first weight: group norm adds 1e-5 to a variance far below and so normalises nothing
+TINY = 1e-4             # of the first weight: group norm adds 1e-5 to a variance far below and so normalises nothing
 GAIN = 1e3              # of a window's spectrum: GELU is a square far below 1 and half a magnitude far above
 STEPS, RATIO = 7, 4.0   # of a logarithm, and from one to the next
 KERNEL = 48             # of the convolution for position

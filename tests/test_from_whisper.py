@@ -79,3 +79,30 @@ def test_frames_of_both_models_are_as_many_and_the_loss_falls(world):
         losses.append({k: float(v) for k, v in metrics.items()})
     assert {"loss/0", "loss/2", "loss/ctc"} <= losses[0].keys() and "loss/3" not in losses[0]
     assert losses[-1]["loss/2"] < losses[0]["loss/2"] and losses[-1]["loss/ctc"] < losses[0]["loss/ctc"]
+
+
+def test_convolutions_make_log_mel_features(script):
+    """Fitted on some clips, they explain the features of others, and padding changes little but the last frames."""
+    from jaxslim.data import load_rows, mel
+
+    rows = load_rows("bundled:prompts-en/train")
+    clips = [(w - w.mean()) / w.std() for w in (rows.audio(i)[:16000] for i in range(0, 400, 20))]
+    fitted = [{"input_values": w[None], "attention_mask": np.ones((1, len(w)), np.int32)} for w in clips[:12]]
+    student = script.FromWhisper(units=8).student(
+        tiny.slim(SPEC), tiny.slim(mask_time_prob=0.05), fitted, jax.random.key(0))
+    assert all(np.abs(v).max() < 65504 for v in student.params.values())   # of half precision
+    first, *others = bind.bind(student.spec, student.params).wav2vec2.feature_extractor.conv_layers[:5]
+
+    def features(wave):
+        x = first(wave[None, :, None])
+        for layer in others:
+            x = layer(x)
+        return np.asarray(x[0]) - script.ABOVE
+
+    have, want = [], []
+    for wave in clips[12:]:
+        x, y = features(wave), np.asarray(mel.log_mel(script.LEVEL * wave[None, mel.SIZE // 2:], 80))[0].T
+        have, want = [*have, x[2: len(y)]], [*want, y[2: len(x)]]          # the first frames see a reflection there
+        tiny.close(features(np.pad(wave, (0, 8000)))[: len(x) - 3], x[:-3], 2e-2)
+    have, want = np.concatenate(have), np.concatenate(want)
+    assert ((have - want) ** 2).mean() < 0.01 * want.var(0).mean()

@@ -404,7 +404,8 @@ def test_groups_and_control():
     assert set(names) - trained["cald"] == {n for n in names if "feature_extractor" in n}
     assert Linearize(objective="align").control() is None
     control = Linearize().control()
-    assert [control.group(n) for n in ("a.feature_extractor.b", "lm_head.bias")] == ["frozen", "main"]
+    front = "wav2vec2.feature_extractor.conv_layers.0.conv.weight"
+    assert [control.group(n) for n in (front, "lm_head.bias")] == ["frozen", "main"]
     assert Linearize(freeze_frontend=False).control() == Finetune()
     hubert = "hubert.encoder.pos_conv_embed.batch_norm.running_mean"
     assert Linearize().group(hubert) == Finetune().group(hubert) == "frozen"

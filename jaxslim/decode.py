@@ -127,7 +127,7 @@ class Autoregressive:
             for row, found in zip(rows, out.segments, strict=True):
                 segments[row] = found
         texts = [[t for s in each for t in s["tokens"]] for each in segments]
-        ids = np.full((len(texts), max(map(len, texts))), self.model.spec["pad_token_id"], np.int64)
+        ids = np.zeros((len(texts), max(map(len, texts))), np.int64)   # read up to `lengths`
         for row, text in zip(ids, texts, strict=True):
             row[: len(text)] = text
         return {"ids": ids, "lengths": np.array([len(t) for t in texts]), "row": batch["row"],

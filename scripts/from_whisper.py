@@ -165,7 +165,6 @@ def front(teacher: Slim, batches) -> dict[str, np.ndarray]:
 @dataclasses.dataclass(frozen=True)
 class FromWhisper(Method):
     units: int = 1280           # of every feed-forward block
-    layers: int = -1            # how many of Whisper's states are learned after the embedding; -1: all
     state_weight: float = 1.0   # of each of them
     task_weight: float = 0.0    # of CTC, on data with texts
 
@@ -227,7 +226,7 @@ class FromWhisper(Method):
         out = student(taps=taps, key=key, **inputs(batch))
         mask = (jnp.arange(targets["0"].shape[1]) < out.lengths[:, None])[..., None]                # (B, T, 1)
         states, terms = [*(out.taps[t] for t in taps), out.last_hidden_state], {}
-        for i in range((count if self.layers < 0 else self.layers) + 1):
+        for i in range(count + 1):
             want, valid = targets[str(i)], mask.sum()
             mean = jnp.where(mask, want, 0).sum((0, 1)) / valid
             variance = jnp.where(mask, (want - mean) ** 2, 0).sum((0, 1)) / valid                   # (D,)

@@ -1,11 +1,9 @@
 """A hub model is downloaded by one process of a pod; the other reads it, or receives it where the disk is its own."""
 import json
-import os
 import pathlib
-import socket
-import subprocess
 import sys
 
+import hosts
 import pytest
 
 from jaxslim.places import folder
@@ -20,17 +18,7 @@ def test_alone_it_is_a_plain_download(monkeypatch, tmp_path):
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("shared", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_two_processes(tmp_path, shared):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
-    both = [subprocess.Popen([sys.executable, __file__, address, str(i), str(tmp_path), str(int(shared))], env=env,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
-    outs = []
-    for process in both:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err[-2000:]
-        outs.append(json.loads(out.splitlines()[-1]))
+    outs = hosts.two(__file__, str(tmp_path), str(int(shared)))
     first, second = outs
     assert [o["downloads"] for o in outs] == [1, 0] and first["files"] == second["files"]
     assert (first["folder"] == second["folder"]) == shared and "no such repository" in second["error"]

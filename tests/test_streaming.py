@@ -4,12 +4,10 @@ Most are slow: `datasets` waits five seconds whenever it closes a Parquet stream
 """
 import io
 import json
-import os
-import socket
-import subprocess
 import sys
 import tarfile
 
+import hosts
 import numpy as np
 import pytest
 from test_data import TASK, collect, equal, wav
@@ -91,31 +89,31 @@ def test_reads_one_block_again_and_no_more(parquet, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hosts", [2])
-def test_hosts_run_the_same_shapes_and_share_the_rows(parquet, monkeypatch, hosts):
+@pytest.mark.parametrize("count", [2])
+def test_hosts_run_the_same_shapes_and_share_the_rows(parquet, monkeypatch, count):
     """The hosts in turn: first each one's own counts are noted, then all agree on the largest."""
     counted: dict[int, list] = {}
 
     def note(host):
         own: list = []
         monkeypatch.setattr(streaming, "_most", lambda counts, some, n: own.append([*counts, some]) or (counts, some))
-        for _ in StreamBatches(parquet, TASK, batch_size=6, block=6, epochs=1, host=host, hosts=hosts):
+        for _ in StreamBatches(parquet, TASK, batch_size=6, block=6, epochs=1, host=host, hosts=count):
             pass
         counted[host] = own
 
-    for host in range(hosts):
+    for host in range(count):
         note(host)
     blocks = max(len(own) for own in counted.values())
     for own in counted.values():
         own += [[0] * len(own[0])] * (blocks - len(own))
     most = [np.max([own[k] for own in counted.values()], 0).tolist() for k in range(blocks)]
     taken = []
-    for host in range(hosts):
+    for host in range(count):
         agreed = iter([(m[:-1], bool(m[-1])) for m in most])
         monkeypatch.setattr(streaming, "_most", lambda *_, agreed=agreed: next(agreed))
-        taken.append(epoch(StreamBatches(parquet, TASK, batch_size=6, block=6, epochs=1, host=host, hosts=hosts)))
+        taken.append(epoch(StreamBatches(parquet, TASK, batch_size=6, block=6, epochs=1, host=host, hosts=count)))
     shapes = [[b["input_values"].shape for b, _ in each] for each in taken]
-    assert all(s == shapes[0] for s in shapes) and shapes[0][0][0] == 6 // hosts
+    assert all(s == shapes[0] for s in shapes) and shapes[0][0][0] == 6 // count
     assert sorted(name for each in taken for _, names in each for name in names) == sorted(f"r{i}" for i in range(N))
 
 
@@ -214,17 +212,7 @@ def test_a_run_trains_from_a_stream_and_resumes(small, tmp_path):
 def test_two_processes_stay_in_step_and_resume(tmp_path):
     """Each reads its own file, the longer one sets the count; a state taken in the middle gives the rest again."""
     source = tar_files(tmp_path)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
-    both = [subprocess.Popen([sys.executable, __file__, address, str(i), source], env=env, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True) for i in range(2)]
-    outs = []
-    for process in both:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err[-2000:]
-        outs.append(json.loads(out.splitlines()[-1]))
+    outs = hosts.two(__file__, source)
     shapes = [[shape for shape, _ in o["whole"]] for o in outs]
     assert shapes[0] == shapes[1] and shapes[0][0][0] == 2
     seen = [sorted(name for _, names in o["whole"] for name in names) for o in outs]

@@ -4,12 +4,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxslim.models import attention_kernels, kernels, layers, pallas_gla, pallas_scan, scan
+from jaxslim.models import attention_kernels, kernels, layers, pallas_gla, pallas_gpu, pallas_scan, scan
 
 CASES = [  # frames, heads, groups, P, N, lengths
-    (200, 4, 1, 8, 16, (200, 77)), pytest.param((1, 2, 2, 8, 8, (1, 0)), marks=pytest.mark.slow),
-    pytest.param((128, 2, 2, 9, 16, (128, 5)), marks=pytest.mark.slow),
-    pytest.param((131, 6, 2, 8, 24, (130, 1)), marks=pytest.mark.slow)]
+    ("tpu", 200, 4, 1, 8, 16, (200, 77)), ("gpu", 200, 4, 2, 16, 32, (200, 77)),
+    pytest.param(("tpu", 1, 2, 2, 8, 8, (1, 0)), marks=pytest.mark.slow),
+    pytest.param(("tpu", 128, 2, 2, 9, 16, (128, 5)), marks=pytest.mark.slow),
+    pytest.param(("tpu", 131, 6, 2, 8, 24, (130, 1)), marks=pytest.mark.slow),
+    pytest.param(("gpu", 65, 2, 2, 64, 128, (65, 0)), marks=pytest.mark.slow)]
+
+
+def kernel(place, op, *sizes):
+    """The kernel for TPU or GPU, in interpret mode."""
+    module = pallas_gpu if place == "gpu" else pallas_gla if op == "gla" else pallas_scan
+    cut = module.shape(op, *sizes) if place == "gpu" else module.shape(*sizes)
+    return lambda *args: getattr(module, op)(*args, cut=cut, interpret=True)
 
 
 def problem(frames, heads, groups, size, width, lengths, seed=0):
@@ -66,12 +75,10 @@ def relative(have, want):
 
 @pytest.mark.parametrize("case", CASES)
 def test_ssd_and_its_gradients(case):
-    frames, heads, groups, size, width, lengths = case
-    args = problem(*case)
-    cut = pallas_scan.shape(len(lengths), frames, heads, groups, size, width)
-    kernel = lambda *v: pallas_scan.ssd(*v, cut=cut, interpret=True)  # noqa: E731
+    place, *sizes, lengths = case
+    args = problem(*sizes, lengths)
     small = [jnp.asarray(v, jnp.float32) for v in args]
-    (y, last), back = jax.vjp(jax.jit(kernel), *small)
+    (y, last), back = jax.vjp(jax.jit(kernel(place, "ssd", len(lengths), *sizes)), *small)
     want, wants, probes = exact(args)
     assert relative(y, want[0]) < 1e-5 and relative(last, want[1]) < 1e-5
     grads = back(tuple(map(jnp.asarray, probes)))
@@ -81,15 +88,15 @@ def test_ssd_and_its_gradients(case):
         assert not np.any(grads[0][row, length:]) and not np.any(grads[3][row, length:])
 
 
-@pytest.mark.parametrize("length", [150, pytest.param(1, marks=pytest.mark.slow)])
-def test_linear_attention_and_its_gradients(length):
-    rng, (heads, width, size) = np.random.default_rng(1), (2, 16, 9)
+@pytest.mark.parametrize("place, length, size", [
+    ("tpu", 150, 9), ("gpu", 150, 16), pytest.param("tpu", 1, 9, marks=pytest.mark.slow)])
+def test_linear_attention_and_its_gradients(place, length, size):
+    rng, (heads, width) = np.random.default_rng(1), (2, 16)
     q, k, v = (rng.standard_normal((2, length, heads, n)) for n in (width, width, size))
     k[1, length // 2 :] = 0.0                                                 # padding
     state = rng.standard_normal((2, heads, width, size))
-    cut = pallas_scan.shape(2, length, heads, heads, size, width)
     small = [jnp.asarray(x, jnp.float32) for x in (q, k, v, state)]
-    (y, last), back = jax.vjp(jax.jit(lambda *a: pallas_scan.causal(*a, cut=cut, interpret=True)), *small)
+    (y, last), back = jax.vjp(jax.jit(kernel(place, "causal", 2, length, heads, heads, size, width)), *small)
     one, none = np.ones((2, length, heads)), np.zeros(heads)
     want, grads, probes = exact((v, one, none, k, q, np.swapaxes(state, 2, 3)))
     assert relative(y, want[0]) < 1e-5 and relative(np.swapaxes(last, 2, 3), want[1]) < 1e-5
@@ -108,15 +115,16 @@ def gla_problem(frames, heads, size, width, lengths, strength=1.0):
     return q / width**0.5, mask * k, v, mask * g, state
 
 
-@pytest.mark.parametrize("frames, heads, size, width, lengths, strength", [
-    (200, 2, 9, 16, (200, 77), 20.0), pytest.param(1, 1, 8, 8, (1,), 1.0, marks=pytest.mark.slow),
-    pytest.param(257, 4, 16, 8, (257, 128), 1.0, marks=pytest.mark.slow),
-    pytest.param(128, 2, 64, 64, (128, 5), 0.0, marks=pytest.mark.slow)])
-def test_gated_linear_attention_and_its_gradients(frames, heads, size, width, lengths, strength):
+@pytest.mark.parametrize("place, frames, heads, size, width, lengths, strength", [
+    ("tpu", 200, 2, 9, 16, (200, 77), 20.0), ("gpu", 100, 2, 32, 16, (100, 77), 20.0),
+    pytest.param("tpu", 1, 1, 8, 8, (1,), 1.0, marks=pytest.mark.slow),
+    pytest.param("tpu", 257, 4, 16, 8, (257, 128), 1.0, marks=pytest.mark.slow),
+    pytest.param("tpu", 128, 2, 64, 64, (128, 5), 0.0, marks=pytest.mark.slow),
+    pytest.param("gpu", 128, 2, 64, 64, (128, 5), 0.0, marks=pytest.mark.slow)])
+def test_gated_linear_attention_and_its_gradients(place, frames, heads, size, width, lengths, strength):
     args = gla_problem(frames, heads, size, width, lengths, strength)
-    cut = pallas_gla.shape(len(lengths), frames, heads, heads, size, width)
     small = [jnp.asarray(v, jnp.float32) for v in args]
-    (y, last), back = jax.vjp(jax.jit(lambda *v: pallas_gla.gla(*v, cut=cut, interpret=True)), *small)
+    (y, last), back = jax.vjp(jax.jit(kernel(place, "gla", len(lengths), frames, heads, heads, size, width)), *small)
     want, wants, probes = exact(args, recurrence=gated)
     assert relative(y, want[0]) < 1e-5 and relative(last, want[1]) < 1e-5
     grads = back(tuple(map(jnp.asarray, probes)))
@@ -129,22 +137,24 @@ def test_gated_linear_attention_and_its_gradients(frames, heads, size, width, le
 
 @pytest.mark.slow
 def test_gated_linear_attention_with_bfloat16_inputs():
-    args = [jnp.asarray(v, jnp.float32) for v in gla_problem(100, 2, 8, 16, (100, 40))]
+    args = [jnp.asarray(v, jnp.float32) for v in gla_problem(100, 2, 16, 16, (100, 40))]
     half = [*(v.astype(jnp.bfloat16) for v in args[:3]), *args[3:]]
-    cut = pallas_gla.shape(2, 100, 2, 2, 8, 16)
     want = exact([np.asarray(v, np.float64) for v in args], recurrence=gated)[0]
-    for fn in (scan.plain_gla, lambda *v: pallas_gla.gla(*v, cut=cut, interpret=True)):
+    for fn in (scan.plain_gla, *(kernel(place, "gla", 2, 100, 2, 2, 16, 16) for place in ("tpu", "gpu"))):
         y, last = jax.jit(fn)(*half)
         assert y.dtype == jnp.float32 and relative(y, want[0]) < 2e-2 and relative(last, want[1]) < 2e-2
 
 
+def halved(args):
+    """x, b and c in bfloat16."""
+    return [v.astype(jnp.bfloat16) if v.ndim == 4 and i != 5 else v for i, v in enumerate(args)]
+
+
 @pytest.mark.slow
-def test_bfloat16_inputs():
-    case = (100, 2, 1, 8, 16, (100, 40))
-    args = [jnp.asarray(v, jnp.float32) for v in problem(*case)]
-    half = [v.astype(jnp.bfloat16) if v.ndim == 4 and i != 5 else v for i, v in enumerate(args)]
-    cut = pallas_scan.shape(2, 100, 2, 1, 8, 16)
-    y, last = pallas_scan.ssd(*half, cut=cut, interpret=True)
+@pytest.mark.parametrize("place", ["tpu", "gpu"])
+def test_bfloat16_inputs(place):
+    args = [jnp.asarray(v, jnp.float32) for v in problem(100, 2, 1, 16, 16, (100, 40))]
+    y, last = kernel(place, "ssd", 2, 100, 2, 1, 16, 16)(*halved(args))
     want = exact([np.asarray(v, np.float64) for v in args])[0]
     assert y.dtype == jnp.float32 and relative(y, want[0]) < 2e-2 and relative(last, want[1]) < 2e-2
 
@@ -164,6 +174,24 @@ def test_how_a_problem_is_cut(sizes, together, chunk):
     assert "MiB of VMEM" in pallas_gla.shape(8, 1500, 3, 3, 500, 500)
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("op", ["ssd", "causal", "gla"])
+def test_the_kernels_for_gpu_lower_to_triton(op, half):
+    """Forward and gradients, two programs; no GPU is needed until Triton compiles them."""
+    if op == "gla":
+        args = [jnp.asarray(v, jnp.float32) for v in gla_problem(70, 2, 64, 32, (70,))]
+        args = [v.astype(jnp.bfloat16) if half and i < 3 else v for i, v in enumerate(args)]
+    else:
+        args = [jnp.asarray(v, jnp.float32) for v in problem(70, 4, 2, 64, 128, (70,))]
+        x, _, _, b, c, state = args = halved(args) if half else args
+        args = args if op == "ssd" else [jnp.repeat(c, 2, 2), jnp.repeat(b, 2, 2), x, jnp.swapaxes(state, 2, 3)]
+    heads, groups, size, width = {"gla": (2, 2, 64, 32), "ssd": (4, 2, 64, 128), "causal": (4, 4, 64, 128)}[op]
+    cut = pallas_gpu.shape(op, 1, 70, heads, groups, size, width)
+    loss = lambda *v: sum(x.sum() for x in getattr(pallas_gpu, op)(*v, cut=cut))  # noqa: E731
+    text = jax.jit(jax.grad(loss, range(len(args)))).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == 2
+
+
 def test_what_runs_where(monkeypatch, caplog):
     """The table decides; a kernel that was asked for and cannot run says so once, and XLA's result comes."""
     args = [jnp.asarray(v, jnp.float32) for v in problem(10, 2, 1, 4, 4, (10,))]
@@ -173,7 +201,10 @@ def test_what_runs_where(monkeypatch, caplog):
     for _ in range(2):
         np.testing.assert_array_equal(scan.ssd(*args)[0], want)
     assert [r.getMessage() for r in caplog.records] == [
-        "ssd: no kernel here, XLA runs instead: it is written for TPU, this is cpu."]
+        "ssd: no kernel here, XLA runs instead: there is one for GPU and TPU, this is cpu."]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert isinstance(kernels.recurrence("ssd", 1, 10, 2, 1, 64, 128).keywords["cut"], pallas_gpu.Shape)
+    assert kernels.recurrence("ssd", 1, 10, 2, 1, 4, 64) is None and "4 x 64" in caplog.records[-1].getMessage()
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert kernels.recurrence("ssd", 1, 10, 2, 1, 4, 4).func is pallas_scan.ssd
     assert kernels.recurrence("ssd", 1, 10, 64, 1, 128, 256) is None and "MiB" in caplog.records[-1].getMessage()

@@ -50,14 +50,20 @@ def recurrence(op: str, rows: int, frames: int, heads: int, groups: int, size: i
     """The Pallas kernel for scan.ssd, scan.causal or scan.gla with these sizes; None = the XLA version."""
     if not wanted(op):
         return None
-    if jax.default_backend() != "tpu":
-        return fall_back(op, f"it is written for TPU, this is {jax.default_backend()}")
+    backend, sizes = jax.default_backend(), (rows, frames, heads, groups, size, width)
+    if backend not in ("gpu", "tpu"):
+        return fall_back(op, f"there is one for GPU and TPU, this is {backend}")
     if jax.device_count() > 1:
         return fall_back(op, "a program over several devices does not split kernels")
-    from jaxslim.models import pallas_gla, pallas_scan
+    if backend == "gpu":
+        from jaxslim.models import pallas_gpu as module
 
-    module = pallas_gla if op == "gla" else pallas_scan
-    cut = module.shape(rows, frames, heads, groups, size, width)
+        cut = module.shape(op, *sizes)
+    else:
+        from jaxslim.models import pallas_gla, pallas_scan
+
+        module = pallas_gla if op == "gla" else pallas_scan
+        cut = module.shape(*sizes)
     if isinstance(cut, str):
         return fall_back(op, cut)
     return functools.partial(getattr(module, op), cut=cut)

@@ -66,11 +66,11 @@ class Shape(pallas_scan.Shape):
 shape = functools.partial(pallas_scan.shape, kind=Shape)
 
 
-def gla(q, k, v, g, state=None, *, cut: Shape, interpret: bool = False):
-    """scan.gla by the kernel; `cut` from `shape`."""
+def gla(q, k, v, g, state=None, *, cut, interpret: bool = False, run=None):
+    """scan.gla by the kernel; `cut` from `shape`; `run`: another recurrence with its own shape (pallas_gpu)."""
     sizes, (q, k, v, g) = v.shape, (pallas_scan.padded(x, cut) for x in (q, k, v, jnp.maximum(g, FLOOR)))
     state = jnp.zeros((cut.rows, cut.heads, cut.size, cut.width)) if state is None else jnp.swapaxes(state, 2, 3)
-    y, last = recurrence(cut, interpret, q, k, v, g.astype(jnp.float32), state.astype(jnp.float32))
+    y, last = (run or recurrence)(cut, interpret, q, k, v, g.astype(jnp.float32), state.astype(jnp.float32))
     return y[:, : sizes[1]].reshape(sizes), jnp.swapaxes(last, 2, 3)
 
 
@@ -132,16 +132,42 @@ def _head(cut: Shape, h: int, q_ref, k_ref, v_ref, g_ref):
     return q, k, v, g, *(jax.lax.broadcasted_iota(jnp.int32, (cut.chunk,) * 2, axis) for axis in (0, 1))
 
 
-def _halvings(cut: Shape, q, k, g, row, column):
+def _halvings(cut, q, k, g, row, column, sums=_sums):
     """Of every halving: the pairs of frames that meet (Q, Q), who is in a later half (Q, N), the decay from or to the
     middle, queries or keys with it (Q, N)."""
     frame = jax.lax.broadcasted_iota(jnp.int32, (cut.chunk, cut.width), 0)
     for level in range(cut.levels):
         mine, other = row >> level, column >> level
         late = (mine & 1) == 1
-        decay = jnp.exp(_sums((mine == other) & ((late & (column <= row)) | (~late & (column > row))), g))
+        decay = jnp.exp(sums((mine == other) & ((late & (column <= row)) | (~late & (column > row))), g))
         late = ((frame >> level) & 1) == 1
         yield (mine ^ other) == 1, late, decay, jnp.where(late, q, k) * decay
+
+
+def outputs(cut, q, k, v, g, s, row, column, dot=_dot, sums=_sums):
+    """y (Q, P) of a chunk behind the state s, and the sums of g up to each frame (Q, N)."""
+    products = jnp.zeros((cut.chunk,) * 2, jnp.float32)
+    for meet, _, _, x in _halvings(cut, q, k, g, row, column, sums):
+        products += jnp.where(meet & (row > column), dot(x, x, (1, 1)), 0.0)
+    before = sums(column <= row, g)
+    return (dot(products, v, (1, 0)) + jnp.sum(q * k, 1, keepdims=True) * v
+            + dot(q * jnp.exp(before), s, (1, 1))), before
+
+
+def gradients(cut, q, k, v, g, s, ds, dy, row, column, dot=_dot, sums=_sums):
+    """Of a chunk, from the state before, the gradients of the state behind and of y: of q, k, v, of g but for the
+    state's share; the decays up to each frame and from it to the end (Q, N)."""
+    up, down = jnp.exp(sums(column <= row, g)), jnp.exp(sums(column > row, g))                     # (Q, N)
+    dproducts = jnp.where(row > column, dot(dy, v, (1, 1)), dot(v, dy, (1, 1)))                    # both triangles
+    products, dq, dk = jnp.zeros_like(dproducts), up * dot(dy, s, (1, 0)), down * dot(v, ds, (1, 0))
+    for meet, late, decay, x in _halvings(cut, q, k, g, row, column, sums):
+        products += jnp.where(meet & (row < column), dot(x, x, (1, 1)), 0.0)                        # transposed
+        dx = decay * dot(jnp.where(meet, dproducts, 0.0), x, (1, 0))
+        dq, dk = dq + jnp.where(late, dx, 0.0), dk + jnp.where(late, 0.0, dx)
+    dg = sums(column >= row, q * dq - k * dk)
+    same, dsame = jnp.sum(q * k, 1, keepdims=True), jnp.sum(dy * v, 1, keepdims=True)                # pairs i = i
+    dv = dot(products, dy, (1, 0)) + same * dy + dot(down * k, ds, (1, 1))
+    return dq + dsame * k, dk + dsame * q, dv, dg, up, down
 
 
 def _forward_kernel(cut: Shape, save: bool, q_ref, k_ref, v_ref, g_ref, first_ref, y_ref, last_ref, *refs):
@@ -155,13 +181,9 @@ def _forward_kernel(cut: Shape, save: bool, q_ref, k_ref, v_ref, g_ref, first_re
         refs[0][0, 0] = state[...]
     for h in range(cut.inside):
         q, k, v, g, row, column = _head(cut, h, q_ref, k_ref, v_ref, g_ref)
-        products = jnp.zeros((cut.chunk,) * 2, jnp.float32)
-        for meet, _, _, x in _halvings(cut, q, k, g, row, column):
-            products += jnp.where(meet & (row > column), _dot(x, x, (1, 1)), 0.0)
-        before, after, s = _sums(column <= row, g), _sums(column > row, g), state[h]
-        y_ref[0, :, h * cut.size : (h + 1) * cut.size] = (
-            _dot(products, v, (1, 0)) + jnp.sum(q * k, 1, keepdims=True) * v + _dot(q * jnp.exp(before), s, (1, 1)))
-        state[h] = jnp.exp(before[cut.chunk - 1 :]) * s + _dot(v, k * jnp.exp(after), (0, 0))
+        y_ref[0, :, h * cut.size : (h + 1) * cut.size], before = outputs(cut, q, k, v, g, state[h], row, column)
+        after = jnp.exp(_sums(column > row, g))
+        state[h] = jnp.exp(before[cut.chunk - 1 :]) * state[h] + _dot(v, k * after, (0, 0))
 
     @pl.when(chunk == cut.grid[2] - 1)
     def _():
@@ -180,19 +202,12 @@ def _backward_kernel(cut: Shape, q_ref, k_ref, v_ref, g_ref, kept_ref, dy_ref, d
         narrow, wide = (slice(h * n, (h + 1) * n) for n in (cut.width, cut.size))
         q, k, v, g, row, column = _head(cut, h, q_ref, k_ref, v_ref, g_ref)
         dy, s, ds = dy_ref[0, :, wide], kept_ref[0, 0, h], carry[h]
-        up, down = jnp.exp(_sums(column <= row, g)), jnp.exp(_sums(column > row, g))                 # (Q, N)
-        dproducts = jnp.where(row > column, _dot(dy, v, (1, 1)), _dot(v, dy, (1, 1)))                # both triangles
-        products, dq, dk = jnp.zeros_like(dproducts), up * _dot(dy, s, (1, 0)), down * _dot(v, ds, (1, 0))
-        for meet, late, decay, x in _halvings(cut, q, k, g, row, column):
-            products += jnp.where(meet & (row < column), _dot(x, x, (1, 1)), 0.0)                    # transposed
-            dx = decay * _dot(jnp.where(meet, dproducts, 0.0), x, (1, 0))
-            dq, dk = dq + jnp.where(late, dx, 0.0), dk + jnp.where(late, 0.0, dx)
+        dq, dk, dv, dg, up, down = gradients(cut, q, k, v, g, s, ds, dy, row, column)
         after = up[cut.chunk - 1 :] * s + _dot(v, down * k, (0, 0))                                  # (P, N)
-        dg_ref[0, :, narrow] = _sums(column >= row, q * dq - k * dk) + jnp.sum(after * ds, 0, keepdims=True)
-        same, dsame = jnp.sum(q * k, 1, keepdims=True), jnp.sum(dy * v, 1, keepdims=True)            # pairs i = i
-        dq_ref[0, :, narrow] = (dq + dsame * k).astype(dq_ref.dtype)
-        dk_ref[0, :, narrow] = (dk + dsame * q).astype(dk_ref.dtype)
-        dv_ref[0, :, wide] = (_dot(products, dy, (1, 0)) + same * dy + _dot(down * k, ds, (1, 1))).astype(dv_ref.dtype)
+        dg_ref[0, :, narrow] = dg + jnp.sum(after * ds, 0, keepdims=True)
+        dq_ref[0, :, narrow] = dq.astype(dq_ref.dtype)
+        dk_ref[0, :, narrow] = dk.astype(dk_ref.dtype)
+        dv_ref[0, :, wide] = dv.astype(dv_ref.dtype)
         carry[h] = up[cut.chunk - 1 :] * ds + _dot(dy, up * q, (0, 0))
 
     @pl.when(chunk == cut.grid[2] - 1)

@@ -94,25 +94,25 @@ def shape(rows: int, frames: int, heads: int, groups: int, size: int, width: int
             f"{VMEM / MIB:.0f}")
 
 
-def ssd(x, dt, a, b, c, state=None, *, cut: Shape, interpret: bool = False):
-    """scan.ssd by the kernel; `cut` from `shape`."""
+def ssd(x, dt, a, b, c, state=None, *, cut, interpret: bool = False, run=None):
+    """scan.ssd by the kernel; `cut` from `shape`; `run`: another recurrence with its own shape (pallas_gpu)."""
     sizes, (dt, x, b, c) = x.shape, (padded(v, cut) for v in (dt.astype(jnp.float32), x, b, c))
     total = jnp.cumsum(scan.chunks(dt * a, cut.chunk), 2).reshape(dt.shape)
     state = jnp.zeros((cut.rows, cut.heads, cut.size, cut.width)) if state is None else state
-    y, last = recurrence(cut, interpret, x, dt, total, b, c, state.astype(jnp.float32))
+    y, last = (run or recurrence)(cut, interpret, x, dt, total, b, c, state.astype(jnp.float32))
     return y[:, : sizes[1]].reshape(sizes), last
 
 
-def causal(q, k, v, state=None, *, cut: Shape, interpret: bool = False):
+def causal(q, k, v, state=None, *, cut, interpret: bool = False, run=None):
     """scan.causal by the kernel: no decay, weights of 1 (frames that complete the last chunk have k = 0)."""
     sizes, (q, k, v) = v.shape, (padded(x, cut) for x in (q, k, v))
     none = jnp.zeros((cut.rows, cut.frames, cut.heads), jnp.float32)
     state = jnp.zeros((cut.rows, cut.heads, cut.size, cut.width)) if state is None else jnp.swapaxes(state, 2, 3)
-    y, last = recurrence(cut, interpret, v, none + 1.0, none, k, q, state.astype(jnp.float32))
+    y, last = (run or recurrence)(cut, interpret, v, none + 1.0, none, k, q, state.astype(jnp.float32))
     return y[:, : sizes[1]].reshape(sizes), jnp.swapaxes(last, 2, 3)
 
 
-def padded(x, cut: Shape):
+def padded(x, cut):
     """(B, t, ...) -> (B, T, all the rest): side by side, as they come out of a projection, before any copy is made."""
     x = x.reshape(*x.shape[:2], -1)
     return jnp.pad(x, ((0, 0), (0, cut.frames - x.shape[1]), (0, 0)))
@@ -205,14 +205,35 @@ def _turn(v, diagonal, axis: int):
     return jnp.sum(jnp.where(diagonal, v, 0.0), axis, keepdims=True)
 
 
+def decays(w, total, end, lower, diagonal):
+    """Of one head, from w and total (Q, 1) and the last of total (1, 1): decay from j to i (Q, Q), the same times w_j,
+    exp of the decay up to i and from i to the end (Q, 1)."""
+    decay = jnp.exp(jnp.where(lower, total - _turn(total, diagonal, 0), -1e30))
+    return decay, decay * _turn(w, diagonal, 0), jnp.exp(total), jnp.exp(end - total)
+
+
+def gradients(x, w, decay, weights, up, down, k, q, products, s, ds, dy, diagonal, dot):
+    """Of one head and chunk, from the state before s, the gradients of the state behind ds (P, N) and of y (Q, P): of
+    x, w, total but for the state's share at the last frame, k, q; and what w's gradient has of the state (Q, 1)."""
+    dscores = dot(dy, x, (1, 1))                                                                     # (Q, Q)
+    change = dscores * weights                                                                       # of the products
+    dq = dot(change, k, (1, 0)) + up * dot(dy, s, (1, 0))
+    dk = dot(change, q, (0, 0)) + down * w * dot(x, ds, (1, 0))
+    written = dot(k, ds, (1, 1))                                                                     # (Q, P)
+    dx = dot(products * weights, dy, (0, 0)) + down * w * written
+    gain = down * jnp.sum(x * written, 1, keepdims=True)                                             # (Q, 1)
+    column = _turn(jnp.sum(dscores * products * decay, 0, keepdims=True), diagonal, 1)               # (Q, 1) over j
+    read = up * jnp.sum(dot(q, s, (1, 1)) * dy, 1, keepdims=True)
+    dtotal = jnp.sum(change * products, 1, keepdims=True) - w * column + read - w * gain
+    return dx, column + gain, dtotal, dk, dq, gain
+
+
 def _head(cut: Shape, h: int, x_ref, w_ref, total_ref, lower, diagonal):
-    """Of one head: x (Q, P), w and log decay by column, decay from j to i times w_j (Q, Q) and without w, exp of the
-    decay up to i, from i to the end, over the chunk."""
+    """Of one head: x (Q, P), w (Q, 1), `decays`, the decay over the chunk."""
     x = x_ref[0, :, h * cut.size : (h + 1) * cut.size].astype(jnp.float32)
     w, total = w_ref[0, 0, :, h : h + 1], total_ref[0, 0, :, h : h + 1]                              # (Q, 1)
-    decay = jnp.exp(jnp.where(lower, total - _turn(total, diagonal, 0), -1e30))                      # (Q, Q)
     end = total_ref[0, 0, cut.chunk - 1 : cut.chunk, h : h + 1]                                      # (1, 1)
-    return x, w, decay, decay * _turn(w, diagonal, 0), jnp.exp(total), jnp.exp(end - total), jnp.exp(end)
+    return x, w, *decays(w, total, end, lower, diagonal), jnp.exp(end)
 
 
 def _forward_kernel(cut: Shape, save: bool, x_ref, w_ref, total_ref, k_ref, q_ref, first_ref, y_ref, last_ref, *refs):
@@ -258,20 +279,12 @@ def _backward_kernel(cut: Shape, x_ref, w_ref, total_ref, k_ref, q_ref, kept_ref
             mine = slice(h * cut.size, (h + 1) * cut.size)
             x, w, decay, weights, up, down, whole = _head(cut, h, x_ref, w_ref, total_ref, lower, diagonal)
             dy, s, ds = dy_ref[0, :, mine], kept_ref[0, 0, h], carry[h]
-            dscores = _dot(dy, x, (1, 1))                                                            # (Q, Q)
-            change = dscores * weights                                                               # of the products
-            dq += _dot(change, k, (1, 0)) + up * _dot(dy, s, (1, 0))
-            dk += _dot(change, q, (0, 0)) + down * w * _dot(x, ds, (1, 0))
-            written = _dot(k, ds, (1, 1))                                                            # (Q, P)
-            dx_ref[0, :, mine] = (_dot(products * weights, dy, (0, 0)) + down * w * written).astype(dx_ref.dtype)
-            gain = jnp.sum(x * written, 1, keepdims=True)                                            # (Q, 1)
-            each = dscores * products * decay                                                        # times w: of decay
-            column = _turn(jnp.sum(each, 0, keepdims=True), diagonal, 1)                             # (Q, 1) over j
-            dw_ref[0, 0, :, h : h + 1] = column + down * gain
-            read = up * jnp.sum(_dot(q, s, (1, 1)) * dy, 1, keepdims=True)
-            kept = jnp.sum(down * w * gain, keepdims=True) + whole * jnp.sum(s * ds, keepdims=True)
-            dtotal_ref[0, 0, :, h : h + 1] = (jnp.sum(change * products, 1, keepdims=True) - w * column + read
-                                              - down * w * gain + jnp.where(final, kept, 0.0))
+            dx, dw, dtotal, dk_h, dq_h, gain = gradients(x, w, decay, weights, up, down, k, q, products, s, ds, dy,
+                                                         diagonal, _dot)
+            dk, dq = dk + dk_h, dq + dq_h
+            dx_ref[0, :, mine], dw_ref[0, 0, :, h : h + 1] = dx.astype(dx_ref.dtype), dw
+            kept = jnp.sum(w * gain, keepdims=True) + whole * jnp.sum(s * ds, keepdims=True)
+            dtotal_ref[0, 0, :, h : h + 1] = dtotal + jnp.where(final, kept, 0.0)
             carry[h] = whole * ds + _dot(up * dy, q, (0, 0))
         dk_ref[0, :, lanes], dq_ref[0, :, lanes] = dk.astype(dk_ref.dtype), dq.astype(dq_ref.dtype)
 

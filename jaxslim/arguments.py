@@ -146,7 +146,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--canary", metavar="FILE", help="write the clips whose transcripts differ as JSON lines")
     p = command("bench", does.bench, "compile, first and steady time and peak memory by audio length")
     p.add_argument("model")
-    p.add_argument("--baseline", help="torch, torch:MODEL or a model, measured in the same run; several with commas")
+    p.add_argument("--baseline", help="torch, torch-compile, onnxruntime (each also as torch:MODEL) or a model, "
+                   "measured in the same run; several with commas")
     p.add_argument("--seconds", default="1,10,60", help="audio lengths, comma separated (default 1,10,60)")
     p.add_argument("--batch-size", type=int, default=1)
     p.add_argument("--repeats", type=int, default=9, help="timed calls of each participant (default 9)")

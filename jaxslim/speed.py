@@ -32,7 +32,7 @@ from jaxslim.speed_worker import JSON, BenchError, cpu_numbers, random_model, re
 
 __all__ = ["BenchError", "bench", "main_rows", "random_model", "resolve", "table"]
 
-TORCH = ("eager", "sdpa")  # attn_implementation of the baseline
+ENGINES = {"torch": ("torch eager", "torch sdpa"), "torch-compile": ("torch compile",), "onnxruntime": ("onnxruntime",)}
 ROW_KEYS = ("model", "engine", "weights", "audio_seconds", "batch", "dtype", "params", "gmacs", "gmacs_here",
             "gmacs_as_run", "compile_seconds", "first_seconds", "steady_seconds", "min_seconds", "max_seconds", "runs",
             "seconds_per_second", "rtfx", "peak_bytes", "ratio", "ratio_to", "baseline_seconds", "device", "threads",
@@ -51,7 +51,9 @@ def bench(model: Any, *, seconds: Iterable[float] = (1, 10, 60), batch: int = 1,
       seconds: lengths of the audio, in s.
       dtype: of the matrix weights and activations ("bfloat16", ...), cast before timing; None = as stored.
       baseline: None, "torch" (the stock transformers model in PyTorch, eager and sdpa; for a converted model the stock
-        architecture of its config with random weights), "torch:MODEL", another model, or a list of these.
+        architecture of its config with random weights), "torch-compile" (sdpa under torch.compile, which takes a C++
+        compiler; its first call compiles), "onnxruntime" (our ONNX export), each also as "torch:MODEL" of another
+        model, another model, or a list of these.
       repeats: timed calls of each participant beyond the first call; at least 3 are made even if they take longer
         than `budget` seconds in all.
       threads: of the CPU, the same for all; None = all that this process may use.
@@ -71,17 +73,18 @@ def bench(model: Any, *, seconds: Iterable[float] = (1, 10, 60), batch: int = 1,
     if not lengths or min(lengths) <= 0 or batch < 1 or repeats < 1:
         raise BenchError("bench: seconds and batch must be positive, repeats at least 1.")
     threads = threads or len(cpu_numbers())
-    wanted = any(isinstance(b, str) and b.split(":")[0] == "torch" for b in baselines)
+    wanted = {b.split(":")[0] for b in baselines if isinstance(b, str)} & ENGINES.keys()
     if wanted and not importlib.util.find_spec("torch"):
-        raise BenchError("The baseline torch needs PyTorch: pip install 'jaxslim[test]', or leave --baseline out.")
+        raise BenchError(f"The baseline {min(wanted)} needs PyTorch: pip install 'jaxslim[test]', or leave --baseline "
+                         "out.")
     rows = []
     with tempfile.TemporaryDirectory() as tmp:
         label, name = _named(model, tmp, 0)
         jobs = [{"engine": "jaxslim", "model": label, "name": name}]
         for i, b in enumerate(b for b in baselines if b is not None):
-            torch, _, other = b.partition(":") if isinstance(b, str) else ("", "", "")
-            other, path = (other or label, other or name) if torch == "torch" else _named(b, tmp, i + 1)
-            engines = [f"torch {a}" for a in TORCH] if torch == "torch" else ["jaxslim"]
+            kind, _, other = b.partition(":") if isinstance(b, str) else ("", "", "")
+            other, path = (other or label, other or name) if kind in ENGINES else _named(b, tmp, i + 1)
+            engines = ENGINES.get(kind, ("jaxslim",))
             jobs += [{"engine": e, "model": other, "name": path} for e in engines]
         shared = dict(batch=batch, dtype=dtype, threads=threads, seed=seed, attention=attention,
                       wav=None if wav is None else os.path.abspath(wav))

@@ -15,6 +15,7 @@ import os
 import pathlib
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -175,7 +176,8 @@ def setup_torch(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], Any],
     if mode == "eager" and not cuda and free and scores > 0.8 * free:
         raise MemoryError(f"not run: eager attention needs about {scores / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
     cls = getattr(transformers, architecture(spec.family, spec.head))
-    kwargs = dict(attn_implementation=mode, dtype=getattr(torch, job["dtype"] or "float32"))
+    kwargs = dict(attn_implementation="sdpa" if mode == "compile" else mode,
+                  dtype=getattr(torch, job["dtype"] or "float32"))
     if path is None:
         config = transformers.CONFIG_MAPPING[spec.family].from_dict(dict(spec.config))
         model = cls._from_config(config, **kwargs)
@@ -185,10 +187,11 @@ def setup_torch(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], Any],
     model = model.eval().to(device)
     x = {k: torch.from_numpy(v).to(device, kwargs["dtype"] if v.dtype == np.float32 else torch.int64)
          for k, v in batch.items()}
+    run = torch.compile(model, dynamic=False) if mode == "compile" else model
 
     def call():
         with torch.inference_mode():
-            model(**x)
+            run(**x)
         if cuda:
             torch.cuda.synchronize()
 
@@ -198,6 +201,23 @@ def setup_torch(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], Any],
              "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
              "malloc": os.environ.get("GLIBC_TUNABLES", "system"), "exclusive": False}
     return facts, call, torch.cuda.max_memory_allocated if cuda else None
+
+
+def setup_onnx(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], Any], None]:
+    """The same of the model's ONNX export, on the CPU."""
+    from jaxslim import cost, export, onnx_graph
+
+    model, weights = resolve(job["name"], job["seed"])
+    folder = tempfile.TemporaryDirectory()
+    start = time.perf_counter()
+    export.export(model, folder.name, format="onnx", check=False)
+    run, batch = onnx_graph.read(folder.name), batch_of(model.spec, job)
+    values = next(iter(batch.values()))
+    batch = {"attention_mask": np.ones(values.shape[:2], np.int64)} | batch
+    facts = {"compile_seconds": time.perf_counter() - start, "weights": weights, "dtype": "float32",
+             "params": cost.params(model.spec), "device": _cpu(), "versions": _versions("onnxruntime", "torch"),
+             "malloc": os.environ.get("GLIBC_TUNABLES", "system"), "exclusive": False}
+    return facts, lambda: (folder, run(**batch)), None
 
 
 def cpu_numbers() -> list[int]:
@@ -272,7 +292,7 @@ def main() -> None:
         cpus = cpu_numbers()
         if job["threads"] < len(cpus) and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, cpus[:job["threads"]])
-        setup = setup_torch if job["engine"].startswith("torch") else setup_jax
+        setup = {"torch": setup_torch, "onnxruntime": setup_onnx}.get(job["engine"].split()[0], setup_jax)
         facts, state["call"], state["peak"] = setup(job)
         _reset_peak()
         state["before"] = _rss(peak=False)

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,16 @@ def test_rows_beside_torch():
     assert ours["fingerprint"] == speed.random_model(TINY).fingerprint
     assert speed.table(rows).row_count == 3
     json.dumps(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_rows_beside_torch_compile_and_onnxruntime():
+    pytest.importorskip("onnxruntime")
+    rows = speed.main_rows(TINY, "1", "torch-compile,onnxruntime", repeats=2, batch=2, threads=1)
+    assert [r["engine"] for r in rows] == ["jaxslim", "torch compile", "onnxruntime"]
+    assert all("error" not in r and r["runs"] == 2 and r["params"] == cost.params(TINY) for r in rows), rows
+    assert len(rows[0]["baseline_seconds"]) == 2
 
 
 @pytest.mark.slow

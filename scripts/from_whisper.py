@@ -35,7 +35,7 @@ from jaxslim.models import bind, roles
 from jaxslim.models import layers as L
 from jaxslim.models.wav2vec2 import frames
 from jaxslim.slim import Method, Slim, Term, inputs
-from jaxslim.train import loop
+from jaxslim.train import loop, losses
 from jaxslim.train import mesh as M
 
 LEVEL = 0.05   # root mean square of what Whisper hears: the clips come with 1
@@ -224,14 +224,11 @@ class FromWhisper(Method):
         count = student.spec["num_hidden_layers"]
         taps = ("embedding", *(f"encoder.{i}" for i in range(count - 1)))
         out = student(taps=taps, key=key, **inputs(batch))
-        mask = (jnp.arange(targets["0"].shape[1]) < out.lengths[:, None])[..., None]                # (B, T, 1)
+        mask = jnp.arange(targets["0"].shape[1]) < out.lengths[:, None]                             # (B, T)
         states, terms = [*(out.taps[t] for t in taps), out.last_hidden_state], {}
         for i in range(count + 1):
-            want, valid = targets[str(i)], mask.sum()
-            mean = jnp.where(mask, want, 0).sum((0, 1)) / valid
-            variance = jnp.where(mask, (want - mean) ** 2, 0).sum((0, 1)) / valid                   # (D,)
-            error = jnp.where(mask, (states[i] - want) ** 2, 0).sum((0, 1)) / (variance + 1e-2 * variance.mean())
-            terms[str(i)] = Term(error.mean(), valid.astype(jnp.float32), self.state_weight)
+            terms[str(i)] = losses.hidden(states[i], targets[str(i)], mask, "channel_mse")._replace(
+                weight=self.state_weight)
         if self.task_weight:
             terms |= {k: t._replace(weight=self.task_weight * t.weight) for k, t in ctc(student, out, batch).items()}
         return terms

@@ -23,7 +23,7 @@ def test_weights_are_within_half_a_step():
     back = dequantize(small)
     assert back.spec == TEACHER.spec
     changed = [k for k in TEACHER.params if small.params[k].dtype == np.int8]
-    assert len(changed) == 4 * 6
+    assert len(changed) == 8 * 6
     for name in TEACHER.params:
         was, now = (np.asarray(m.params[name], np.float32) for m in (TEACHER, back))
         step = np.asarray(small.params[f"{name}_scale"]) if name in changed else np.zeros(1)

@@ -63,7 +63,7 @@ class Linearize(Method):
     layer_schedule: Weight = "constant"   # from its weight at step 0 down to zero at `until`
     logit_weight: float = 0.0         # a_OD
     logit_schedule: Weight = "constant"
-    distance: Literal["ln_mse", "mse", "cosine"] = "ln_mse"
+    distance: Literal["ln_mse", "channel_mse", "mse", "cosine"] = "ln_mse"
     embedding: bool = False           # also the states before the first layer, as in the paper's text setting
     layer_map: Literal["identity", "proportional"] | tuple[int, ...] = "identity"   # student layer -> teacher layer
     temperature: float = 2.0

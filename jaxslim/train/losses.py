@@ -37,13 +37,15 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> Term:
     return Term(jnp.where(valid, losses, 0.0).sum(), valid.sum().astype(jnp.float32))
 
 
-DISTANCES = ("mse", "ln_mse", "cosine", "l1", "l1_cosine", "log_sigmoid", "l1_log_sigmoid")
+DISTANCES = ("mse", "ln_mse", "channel_mse", "cosine", "l1", "l1_cosine", "log_sigmoid", "l1_log_sigmoid")
 
 
 def hidden(student: jax.Array, teacher: jax.Array, mask: jax.Array, distance: str = "ln_mse") -> Term:
     """Distance of hidden states (B, T, D) over valid frames of mask (B, T): sum over frames, count = frames.
 
     `mse`, `l1`: mean over channels; `ln_mse`: the same after affine-free LayerNorm of both (CALD's speech setting);
+    `channel_mse` (ours): each channel relative to the teacher's variance in it over the batch, for states of which a
+    few channels are far larger than all others (Whisper's), where `ln_mse` sees nothing else;
     `cosine`: 1 - cosine similarity; `log_sigmoid`: minus its log-sigmoid. `l1_cosine` (DPHuBERT) and
     `l1_log_sigmoid` (DistilHuBERT, arXiv 2110.01900, section 2.2, with lambda = 1) are sums of two.
     """
@@ -52,8 +54,14 @@ def hidden(student: jax.Array, teacher: jax.Array, mask: jax.Array, distance: st
     s, t = student.astype(jnp.float32), jax.lax.stop_gradient(teacher.astype(jnp.float32))
     if distance == "ln_mse":
         s, t = standardize(s), standardize(t)
+    if distance == "channel_mse":
+        frames = jnp.maximum(mask.sum(), 1)
+        mean = jnp.where(mask[..., None], t, 0.0).sum((0, 1)) / frames
+        variance = jnp.where(mask[..., None], (t - mean) ** 2, 0.0).sum((0, 1)) / frames             # (D,)
+        scale = jax.lax.rsqrt(variance + 1e-2 * variance.mean() + 1e-12)
+        s, t = s * scale, t * scale
     d = 0.0
-    if distance in ("mse", "ln_mse"):
+    if distance.endswith("mse"):
         d = ((s - t) ** 2).mean(-1)
     if distance.startswith("l1"):
         d = jnp.abs(s - t).mean(-1)

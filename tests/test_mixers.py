@@ -174,16 +174,15 @@ def linear(x, p, o, mixer):
             return np.maximum(h + p[f"feature_{side}.bias"], 0)
         return np.concatenate([np.exp(s * h) / np.exp(s * h).sum(-1, keepdims=True) for s in (1, -1)], -1)
 
-    weights = np.einsum("thf,shf->hts", phi(q, "q"), phi(k, "k"))
     ahead = np.arange(len(x))[None] - np.arange(len(x))[:, None]
     allowed = (ahead <= 0) if o.get("causal") else np.full(ahead.shape, True)
+    weights = np.einsum("thf,shf->hts", phi(q, "q"), phi(k, "k")) * allowed
+    weights = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-9)
     if w := o.get("window"):
-        near = allowed & (np.abs(ahead) < w)
-        scores = np.where(near, np.einsum("thk,shk->hts", q, k) * 8**-0.5, -np.inf)
-        sharp = np.exp(scores - scores.max(-1, keepdims=True)) * sigmoid(p["window_factor"])[:, None, None]
-        weights = np.where(near, sharp, weights)
-    weights = weights * allowed
-    y = np.einsum("hts,shk->thk", weights / np.maximum(weights.sum(-1, keepdims=True), 1e-9), v).reshape(x.shape)
+        near = np.exp(np.einsum("thk,shk->hts", q, k) * 8**-0.5) * (allowed & (np.abs(ahead) < w))
+        share = sigmoid(p["window_factor"])[:, None, None]
+        weights = share * near / near.sum(-1, keepdims=True) + (1 - share) * weights
+    y = np.einsum("hts,shk->thk", weights, v).reshape(x.shape)
     return y @ p["out_proj.weight"].T + p["out_proj.bias"]
 
 

@@ -277,6 +277,7 @@ def test_hidden_distances(distance):
 
     cosine = (s * t).sum(-1) / np.linalg.norm(s, axis=-1) / np.linalg.norm(t, axis=-1)
     want = {"mse": ((s - t) ** 2).mean(-1), "ln_mse": ((norm(s) - norm(t)) ** 2).mean(-1), "cosine": 1 - cosine,
+            "channel_mse": ((s - t) ** 2 / (1e-2 * t[mask].var(0).mean() + t[mask].var(0))).mean(-1),
             "l1": np.abs(s - t).mean(-1), "log_sigmoid": np.log1p(np.exp(-cosine))}
     want |= {f"l1_{name}": want["l1"] + want[name] for name in ("cosine", "log_sigmoid")}
     assert float(term.sum) == pytest.approx(want[distance][mask].sum(), rel=1e-5) and float(term.count) == 7

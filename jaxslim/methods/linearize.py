@@ -22,6 +22,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import logging
 import re
 from typing import Any, Literal
@@ -30,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxslim.methods.attention_stats import leave_one_in, near_shares
 from jaxslim.methods.finetune import Finetune, stored_statistic, task
 from jaxslim.models import bind, convert, layers, positions, roles
 from jaxslim.slim import Method, Slim, Term, inputs
@@ -48,7 +50,7 @@ class Linearize(Method):
     mixer: str = "hedgehog"
     layers: Literal["all"] | tuple[int, ...] = "all"
     keep: str | tuple[int, ...] = ()  # of these layers, those that stay softmax: numbers, uniform:N or ranked:N
-    rank_batches: int = 4             # ranked: training batches on which a layer's worth is measured
+    rank_batches: int = 4             # training batches on which `ranked` and the shares of a window are measured
     options: dict[str, Any] = dataclasses.field(default_factory=dict)   # of the mixer (spec.MIXERS)
     features: int = 0                 # rows of each feature map, 0 = the head size; hedgehog's output is twice as wide
     init: Literal["attention", "random"] = "attention"   # recurrent mixers: parts of q, k, v, o, or new
@@ -103,6 +105,8 @@ class Linearize(Method):
             kept = self.kept(base.spec)
             chosen = [i for i in chosen if i not in kept]
         student, origins = self.swap(base, chosen, rng)
+        if chosen and self.options.get("window"):
+            student = self.with_shares(student, base, chosen, batches)
         count = [sum(o == what for o in origins.values()) for what in ("copied", "mapped", "new")]
         log.info("linearize: %d parameters copied, %d mapped, %d new.", *count)
         changed = collections.Counter((what, re.sub(r"\.\d+\.", ".N.", name)) for name, what in origins.items())
@@ -132,6 +136,19 @@ class Linearize(Method):
             params, origins = {**params, **new}, {**origins, **how}
         want = bind.shapes(spec)
         return Slim(spec, {k: v for k, v in params.items() if k in want}), {k: origins[k] for k in want}
+
+    def with_shares(self, student: Slim, base: Slim, chosen: list[int], batches) -> Slim:
+        """`student` whose windows have the share of each head that its softmax attention gives to near frames."""
+        data = [inputs(batch) for batch in itertools.islice(batches, self.rank_batches)]
+        blocks = [f"encoder.{i}.attention" for i in chosen]
+        options = student.spec.attention(blocks[0]).options
+        params = dict(student.params)
+        for block, share in near_shares(base, blocks, options["window"], options["causal"], data).items():
+            log.info("%s: %.2f to %.2f of a head's attention within the window.", block, share.min(), share.max())
+            share = np.clip(share, 0.02, 0.98)
+            owner = roles.roles(student.spec, block)["owner"]
+            params[f"{owner}.window_factor"] = np.log(share / (1 - share)).astype(np.float32)
+        return student.replace(params=params)
 
     def sourced(self, spec, own, rng: np.random.Generator) -> dict[str, Any]:
         """Parameters of `spec` from `source`. What a mixer added stays as in `own`; what only a head has is drawn as
@@ -331,25 +348,3 @@ def _waypoint(name: str, spec) -> Slim:
     params = _load.__wrapped__(name).params
     bind.check(spec, params, f"waypoint {name}")
     return Slim(spec, {k: params[k] for k in bind.shapes(spec)})
-
-
-def leave_one_in(teacher: Slim, student_with, chosen, data) -> dict[int, dict[str, float]]:
-    """Layer -> how far a student with only this layer's attention is from the teacher: {error, gmacs at 10 s}.
-
-    Args: student_with(layer) -> Slim; data: batches of inputs. The error is the LN-MSE of the last hidden states.
-    """
-    from jaxslim import cost
-
-    @jax.jit
-    def distance(student, teacher, batch):
-        s, t = student(**batch), teacher(**batch)
-        mask = layers.frame_mask(t.lengths, t.last_hidden_state.shape[1])
-        mask = jnp.ones(t.last_hidden_state.shape[:2], bool) if mask is None else mask
-        return losses.hidden(s.last_hidden_state, t.last_hidden_state, mask)[:2]
-
-    table = {}
-    for i in chosen:
-        student = student_with(i)
-        total = np.sum([np.asarray(distance(student, teacher, batch)) for batch in data], 0)
-        table[i] = {"error": float(total[0] / total[1]), "gmacs": cost.macs(student.spec, 10.0).total / 1e9}
-    return table

@@ -55,7 +55,7 @@ def convert(spec: Spec, block: str, mixer: str, given: dict[str, Any], params: d
                 if mixer == "t2r":
                     out[f"{side}.bias"] = np.zeros(shape[:2], np.float32)
         if o.get("window"):
-            out["window_factor"] = np.full(len(a.heads), np.log(0.1 / 0.9), np.float32)  # sigmoid of it is 0.1
+            out["window_factor"] = np.zeros(len(a.heads), np.float32)   # half; `linearize` measures it
         if mixer == "linformer":
             first = o["sharing"] != "layer" or not any(
                 spec.attention(f"{layer}.attention").options.get("sharing") == "layer" for layer in layers(spec))

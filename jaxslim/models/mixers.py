@@ -9,8 +9,10 @@ These keep the projections q, k, v, o of the attention they replace, so a conver
 * elu, t2r, hedgehog: linear attention y_t = phi(q_t) sum_s phi(k_s) v_s^T / phi(q_t) sum_s phi(k_s), by feature map:
   elu(x) + 1 (arXiv 2006.16236, section 3.2); learnt relu(W x + b) (T2R, arXiv 2103.13076, section 2.1); learnt
   [softmax(W x), softmax(-W x)] (Hedgehog, arXiv 2402.04347, section 4; softmax over features as in LoLCATs, arXiv
-  2410.10254, section 3). `causal`: sums over s <= t. With `window` w > 0 the frames nearer than w have weights
-  g exp(q_t k_s scale - max) in place of phi(q_t) phi(k_s), under one normaliser, g learnt (LoLCATs, section 3.2).
+  2410.10254, section 3). `causal`: sums over s <= t. With `window` w > 0, y = g y_near + (1 - g) y, where y_near is
+  softmax attention among the frames nearer than w, and g = sigmoid(window_factor) of each head. Two means in place of
+  LoLCATs' one sum of both kinds of weights (section 3.2) are ours: softmax attention's own share of near frames is then
+  a good g before any training.
 
 Recurrent ones (mamba2, mamba, gated_deltanet, gla) bring projections of their own: recurrent.py.
 
@@ -114,13 +116,12 @@ class Attention(nnx.Module):
         q = self._split(getattr(self, self.names[0])(x))
         if self.mixer in MAPS:
             fq, fk = self.features(q, "q"), self.features(k, "k")
-            y = read(fq, summary(fk, v, mask))
+            y = divide(*read(fq, summary(fk, v, mask)))
             if self.window:
                 mask = jnp.ones(k.shape[:2], bool) if mask is None else mask
-                after = tuple(jnp.pad(h, ((0, 0), (self.window,) * 2) + ((0, 0),) * (h.ndim - 2))
-                              for h in (k, fk, v, mask))
-                y = jax.tree.map(jnp.add, y, self.near(q, fq, *after, both=True))
-            return self.join(divide(*y).astype(x.dtype))
+                around = (jnp.pad(h, ((0, 0), (self.window,) * 2) + ((0, 0),) * (h.ndim - 2)) for h in (k, v, mask))
+                y = self.mixed(y, self.near(q, *around, both=True))
+            return self.join(y.astype(x.dtype))
         if self.mixer == "linformer":
             k, v, mask = *self.project(k, v, mask), None
         return self.join(L.attention(q, k, v, mask, self.scale, call, self.rate))
@@ -144,30 +145,28 @@ class Attention(nnx.Module):
         maps = getattr(self, f"feature_{side}")
         return hedgehog(x, maps.weight[...]) if self.mixer == "hedgehog" else jax.nn.relu(maps(x))
 
-    def near(self, q, fq, k, fk, v, mask, both: bool) -> tuple[jax.Array, jax.Array]:
-        """What numerator and denominator change by where the weights of near frames are those of softmax attention.
+    def near(self, q, k, v, mask, both: bool) -> jax.Array:
+        """Softmax attention among near frames.
 
-        Args: q, fq (B, T, H, *); k, fk, v (B, w + T [+ w], H, *) and mask, with the w frames before (and after).
-        Returns: (B, T, H, Kv), (B, T, H, 1), fp32.
+        Args: q (B, T, H, *); k, v (B, w + T [+ w], H, *) and mask, with the w frames before (and after).
+        Returns: (B, T, H, Kv), fp32.
         """
         length, w, parts = q.shape[1], self.window, 3 if both else 2
-        q, fq = scan.chunks(q, w), scan.chunks(fq, w)                                                # (B, n, w, H, *)
-        blocks, count = [scan.chunks(x, w) for x in (k, fk, v, mask)], q.shape[1]
+        q = scan.chunks(q, w)                                                                        # (B, n, w, H, K)
+        blocks, count = [scan.chunks(x, w) for x in (k, v, mask)], q.shape[1]
         blocks = [jnp.pad(x, ((0, 0), (0, max(count + parts - 1 - x.shape[1], 0))) + ((0, 0),) * (x.ndim - 2))
                   for x in blocks]
-        k, fk, v, mask = (jnp.concatenate([x[:, i : i + count] for i in range(parts)], 2) for x in blocks)
+        k, v, mask = (jnp.concatenate([x[:, i : i + count] for i in range(parts)], 2) for x in blocks)
         ahead = np.arange(parts * w) - w - np.arange(w)[:, None]                                     # (w, parts w)
         seen = (np.abs(ahead) < w) & (both | (ahead <= 0)) & mask[:, :, None, None, :]               # (B, n, 1, w, *)
         scores = jnp.einsum("bnihk,bnjhk->bnhij", q * self.scale, k).astype(jnp.float32)
-        scores = jnp.where(seen, scores, -jnp.inf)
-        top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-        sharp = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0))
-        factor = jax.nn.sigmoid(self.window_factor[...].astype(jnp.float32))[:, None, None]
-        change = factor * sharp - jnp.where(seen, jnp.einsum("bnihf,bnjhf->bnhij", fq, fk), 0.0)
-        total = jnp.swapaxes(change.sum(-1), 2, 3)[..., None]                                        # (B, n, w, H, 1)
-        y = jnp.einsum("bnhij,bnjhk->bnihk", change, v.astype(jnp.float32))
-        flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]  # noqa: E731
-        return flat(y), flat(total)
+        weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(scores.dtype).min), -1)
+        y = jnp.einsum("bnhij,bnjhk->bnihk", weights, v.astype(jnp.float32))
+        return y.reshape(y.shape[0], -1, *y.shape[3:])[:, :length]
+
+    def mixed(self, y: jax.Array, near: jax.Array) -> jax.Array:
+        share = jax.nn.sigmoid(self.window_factor[...].astype(jnp.float32))[:, None]                 # (H, 1)
+        return share * near + (1.0 - share) * y
 
     # ---- causal mixers, in pieces ----
 
@@ -182,7 +181,7 @@ class Attention(nnx.Module):
         sums = jnp.zeros((rows, self.heads, features, values + 1))
         if not self.window:
             return (sums,)
-        last = [jnp.zeros((rows, self.window, self.heads, size)) for size in self.sizes]
+        last = [jnp.zeros((rows, self.window, self.heads, size)) for size in self.sizes[::2]]
         return sums, *last, jnp.zeros((rows, self.window), bool)
 
     def extend(self, x, mask, state, call: L.Call) -> tuple[jax.Array, Any]:
@@ -201,16 +200,13 @@ class Attention(nnx.Module):
         ones = jnp.ones((*v.shape[:3], 1))  # the denominator is the sum of the same weights times 1
         y, sums = scan.causal(fq, L.zero_padding(fk, mask), jnp.concatenate([v.astype(jnp.float32), ones], -1),
                               state[0], CAUSAL_CHUNK)
-        y, total = y[..., :-1], y[..., -1:]
-        if self.window:
-            kept = tuple(jnp.concatenate([old.astype(new.dtype), new], 1)
-                         for old, new in zip(state[1:], (k, fk, v, mask), strict=True))
-            dy, dt = self.near(q, fq, *kept, both=False)
-            y, total = y + dy, total + dt
-            state = tuple(new[:, new.shape[1] - self.window :].astype(old.dtype)
-                          for old, new in zip(state[1:], kept, strict=True))
-            return self.join(divide(y, total).astype(x.dtype)), (sums, *state)
-        return self.join(divide(y, total).astype(x.dtype)), (sums,)
+        y = divide(y[..., :-1], y[..., -1:])
+        if not self.window:
+            return self.join(y.astype(x.dtype)), (sums,)
+        kept = tuple(jnp.concatenate([old.astype(new.dtype), new], 1)
+                     for old, new in zip(state[1:], (k, v, mask), strict=True))
+        last = (new[:, new.shape[1] - self.window :].astype(old.dtype) for old, new in zip(state[1:], kept))
+        return self.join(self.mixed(y, self.near(q, *kept, both=False)).astype(x.dtype)), (sums, *last)
 
     def join(self, y: jax.Array) -> jax.Array:                                            # (B, T, H, K) -> (B, T, D)
         return getattr(self, self.names[3])(y.reshape(*y.shape[:2], -1))
@@ -287,5 +283,5 @@ def macs(a: Fields, width: int, T: int) -> int:
     else:
         total += 2 * T * wide(a) * v                                         # state and its read-out
     if w := o["window"]:
-        total += -(-T // w) * w * (2 if o["causal"] else 3) * w * (qk + a.count * wide(a) + v)
+        total += -(-T // w) * w * (2 if o["causal"] else 3) * w * (qk + v)
     return total

@@ -1,15 +1,17 @@
 # part: linear
 def linear_attention(block, q, k, v, mask):
     """y_t = q_t sum_s k_s v_s^T / q_t sum_s k_s over the valid frames s (of causal ones, s <= t), q and k positive
-    features. With a window, near frames have the weights of softmax attention under the same denominator."""
+    features. With a window, a share of it, learnt for each head, is softmax attention among near frames."""
     fq, fk = block.features("q", q), block.features("k", k)
     if mask is not None:
         fk = fk * mask[:, None, :, None]
     v1 = torch.cat([v.float(), torch.ones_like(v[..., :1], dtype=torch.float)], -1)      # the denominator: weights of 1
     y = causal_sum(fq, fk, v1) if block.options["causal"] else fq @ (fk.transpose(-1, -2) @ v1)
+    y = y[..., :-1] / y[..., -1:].clamp_min(1e-9)
     if block.options["window"]:
-        y = y + near(block, q, k, fq, fk, v1, mask)
-    return (y[..., :-1] / y[..., -1:].clamp_min(1e-9)).to(v.dtype)
+        share = block.window_factor.float().sigmoid()[:, None, None]
+        y = share * near(block, q, k, v, mask) + (1.0 - share) * y
+    return y.to(v.dtype)
 
 
 def causal_sum(q, k, v, size=64):
@@ -21,23 +23,18 @@ def causal_sum(q, k, v, size=64):
     return torch.cat(out, 2)
 
 
-def near(block, q, k, fq, fk, v1, mask):
-    """What numerator and denominator change by within the window, w queries at a time."""
-    w, length, out = block.options["window"], q.shape[2], []
-    factor, time = block.window_factor.float().sigmoid()[:, None, None], torch.arange(length, device=q.device)
-    for start in range(0, length, w):
-        rows = slice(start, start + w)
-        keys = slice(max(start - w, 0), start + (1 if block.options["causal"] else 2) * w)
-        ahead = time[keys] - time[rows, None]
-        seen = (ahead.abs() < w) & (ahead <= 0 if block.options["causal"] else True)
-        seen = seen if mask is None else seen & mask[:, None, None, keys]
-        scores = ((q[:, :, rows] * block.scale) @ k[:, :, keys].transpose(-1, -2)).float()
-        scores = scores.masked_fill(~seen, -torch.inf)
-        top = scores.amax(-1, keepdim=True)
-        sharp = (scores - top.masked_fill(top.isinf(), 0.0)).exp() * factor
-        smooth = (fq[:, :, rows] @ fk[:, :, keys].transpose(-1, -2)).masked_fill(~seen, 0.0)
-        out.append((sharp - smooth) @ v1[:, :, keys])
-    return torch.cat(out, 2)
+def near(block, q, k, v, mask):
+    """Softmax attention among the frames nearer than w, w queries at a time. (B, H, T, K) -> (B, H, T, K)."""
+    w, length, parts = block.options["window"], q.shape[2], 2 if block.options["causal"] else 3
+    more = -length % w
+    cut = lambda x: F.pad(x, (0, 0, w, more + (parts - 2) * w)).unfold(2, parts * w, w)  # noqa: E731  (B, H, n, K, *)
+    time = torch.arange(parts * w, device=q.device)
+    ahead = time - w - time[:w, None]
+    seen = (ahead.abs() < w) & ((ahead <= 0) | (not block.options["causal"]))
+    valid = torch.ones_like(q[:, :1, :, :1]) if mask is None else mask[:, None, :, None].to(q.dtype)
+    scores = F.pad(q * block.scale, (0, 0, 0, more)).unflatten(2, (-1, w)) @ cut(k)                   # (B, H, n, w, *)
+    scores = scores.float().masked_fill(~seen | (cut(valid) == 0), torch.finfo(torch.float).min)
+    return (scores.softmax(-1) @ cut(v.float()).transpose(-1, -2)).flatten(2, 3)[:, :, :length]
 
 
 class Features(nn.Module):

@@ -42,7 +42,7 @@ def unsupported(spec: Spec) -> str | None:
     for block in (b for b in every_block(spec) if kind(b) == "attention"):
         a = spec.attention(block)
         loop = (a.mixer if a.mixer in recurrent.KINDS else
-                "a window" if a.options.get("window") else "causal linear attention" if a.options.get("causal") else "")
+                "causal linear attention" if a.options.get("causal") else "")
         if a.heads and loop:
             return (f"Block {block} has {loop}, whose PyTorch code loops over chunks of frames, so its graph would be "
                     "of one length. --format stablehlo leaves the length open.")

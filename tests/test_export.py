@@ -301,7 +301,7 @@ def test_every_mixer_in_torch(family, head, names, tmp_path):
         spec = spec.with_block(f"encoder.{i}.attention", mixer=mixer, options=options)
     model = tiny.slim(spec)
     record = export(model, tmp_path / "m")
-    assert record["checked"] and record["trust_remote_code"] and record["relative_difference"] < 2e-5
+    assert record["checked"] and record["trust_remote_code"] and record["relative_difference"] < 4e-5
     text = (tmp_path / "m" / "modeling_jaxslim.py").read_text()
     assert "# part:" not in text and max(map(len, text.splitlines())) <= 120
     assert ("def linear_attention" in text) == any(CASES[n][0] in ("elu", "t2r", "hedgehog") for n in names)

@@ -335,6 +335,28 @@ def test_ranked_by_leave_one_in(caplog):
     assert "new: wav2vec2.encoder.layers.N.attention.feature_q.weight (1)" in caplog.text
 
 
+def test_the_shares_of_a_window():
+    """Against all weights in float64, over batches, without padding; and the student starts from them."""
+    teacher, names = tiny.slim(WIDE.spec, seed=3), ("attention_mask", "input_values")
+    batches = [{**RAGGED, **dict(zip(names[::-1], tiny.waves(*lengths)))} for lengths in ((920, 400), (640, 800))]
+    student = Linearize(options={"window": 4}).start(teacher, batches, None)
+    for block in ("encoder.0.attention", "encoder.1.attention"):
+        owner, total, near = f"wav2vec2.{block.replace('encoder.', 'encoder.layers.')}.", 0, 0.0
+        p = {k.removeprefix(owner): np.asarray(v, np.float64) for k, v in teacher.params.items() if k.startswith(owner)}
+        for batch in batches:
+            out = teacher(**{k: batch[k] for k in names}, taps=(f"{block}.in",))
+            for x, length in zip(np.asarray(out.taps[f"{block}.in"], np.float64), np.asarray(out.lengths)):
+                x = x[:length]
+                q, k = ((x @ p[f"{r}_proj.weight"].T + p[f"{r}_proj.bias"]).reshape(length, 4, 8) for r in "qk")
+                weights = np.exp(np.einsum("ihk,jhk->hij", q, k) * 8**-0.5)
+                weights /= weights.sum(-1, keepdims=True)
+                close = np.abs(np.arange(length)[None] - np.arange(length)[:, None]) < 4
+                near, total = near + (weights * close).sum((1, 2)), total + length
+        share = 1 / (1 + np.exp(-np.asarray(student.params[f"{owner}window_factor"])))
+        np.testing.assert_allclose(share, near / total, rtol=1e-4)
+    assert not np.any(Linearize(options={"window": 4}).start(teacher, None, None).params[f"{owner}window_factor"])
+
+
 # ---- other families ----
 
 

@@ -139,7 +139,7 @@ class Linearize(Method):
 
     def with_shares(self, student: Slim, base: Slim, chosen: list[int], batches) -> Slim:
         """`student` whose windows have the share of each head that its softmax attention gives to near frames."""
-        data = [inputs(batch) for batch in itertools.islice(batches, self.rank_batches)]
+        data = [inputs(batch) for batch in itertools.islice(batches or (), self.rank_batches)]
         blocks = [f"encoder.{i}.attention" for i in chosen]
         options = student.spec.attention(blocks[0]).options
         params = dict(student.params)

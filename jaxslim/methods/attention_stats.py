@@ -56,4 +56,4 @@ def near_shares(teacher: Slim, blocks: list[str], window: int, causal: bool, dat
         return found
 
     each = [jax.device_get(measure(teacher, batch)) for batch in data]
-    return {b: sum(f[b][0] for f in each) / max(sum(f[b][1] for f in each), 1) for b in blocks} if each else {}
+    return {b: sum(f[b][0] for f in each) / max(sum(f[b][1] for f in each), 1) for b in blocks}

@@ -140,9 +140,11 @@ class Linearize(Method):
     def with_shares(self, student: Slim, base: Slim, chosen: list[int], batches) -> Slim:
         """`student` whose windows have the share of each head that its softmax attention gives to near frames."""
         data = [inputs(batch) for batch in itertools.islice(batches or (), self.rank_batches)]
-        blocks = [f"encoder.{i}.attention" for i in chosen]
-        options = student.spec.attention(blocks[0]).options
-        params = dict(student.params)
+        blocks = {f"encoder.{i}.attention": base.spec.attention(f"encoder.{i}.attention") for i in chosen}
+        blocks = [b for b, was in blocks.items() if was.heads and was.mixer == "softmax"]
+        if not data or not blocks:
+            return student
+        options, params = student.spec.attention(blocks[0]).options, dict(student.params)
         for block, share in near_shares(base, blocks, options["window"], options["causal"], data).items():
             log.info("%s: %.2f to %.2f of a head's attention within the window.", block, share.min(), share.max())
             share = np.clip(share, 0.02, 0.98)

@@ -20,8 +20,7 @@ def leave_one_in(teacher: Slim, student_with, chosen, data) -> dict[int, dict[st
     @jax.jit
     def distance(student, teacher, batch):
         s, t = student(**batch), teacher(**batch)
-        mask = layers.frame_mask(t.lengths, t.last_hidden_state.shape[1])
-        mask = jnp.ones(t.last_hidden_state.shape[:2], bool) if mask is None else mask
+        mask = layers.valid_frames(t.lengths, t.last_hidden_state)
         return losses.hidden(s.last_hidden_state, t.last_hidden_state, mask)[:2]
 
     table = {}
@@ -50,8 +49,7 @@ def near_shares(teacher: Slim, blocks: list[str], window: int, causal: bool, dat
         for block in blocks:
             attention, x = bind.submodule(module, roles.roles(teacher.spec, block)["owner"]), out.taps[f"{block}.in"]
             q = attention._split(getattr(attention, attention.names[0])(x)) * attention.scale        # (B, T, H, K)
-            mask = layers.frame_mask(out.lengths, x.shape[1])
-            mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
+            mask = layers.valid_frames(out.lengths, x)
             found[block] = jax.lax.map(row, (q, attention.keys(x)[0], mask)).sum(0), mask.sum()
         return found
 

@@ -156,7 +156,7 @@ class Generate(Method):
         if have[0].shape[1] != want[0].shape[1]:
             raise SpecError(f"generate: the student makes {have[0].shape[1]} frames of this audio, the teacher "
                             f"{want[0].shape[1]}; they need one frame rate (conv_kernel and conv_stride).")
-        mask = valid(out, have[0])
+        mask = layers.valid_frames(out.lengths, have[0])
         weights = self.target_weights or (1.0,) * len(numbers)
         terms = {}
         for t, weight, x, y in zip(numbers, weights, have, want, strict=True):
@@ -232,12 +232,6 @@ def distance(x: jax.Array, y: jax.Array, mask: jax.Array, name: str) -> Term:
     return getattr(losses, name)(x, y, mask) if name in ("gram", "cka") else losses.hidden(x, y, mask, name)
 
 
-def valid(out, x: jax.Array) -> jax.Array:
-    """(B, T), the frames of x that are no padding."""
-    mask = layers.frame_mask(out.lengths, x.shape[1])
-    return jnp.ones(x.shape[:2], bool) if mask is None else mask
-
-
 def fresh(name: str, want: jax.ShapeDtypeStruct, key: jax.Array, spec: Spec) -> np.ndarray:
     """A parameter that the teacher has none for. The generator's output begins as zero where it is added to the
     history, else as the identity; attention over layers begins as zero; the rest is as transformers draws it."""
@@ -291,7 +285,7 @@ def fidelity(student: Slim, teacher: Slim, batches: Iterable[dict], method: Gene
         found = {}
         for prefix, given in (("", {}), ("forced_", {"history": jnp.stack(want, 1)[:, :-1]})):
             out, have = method.predict(student, **given, **batch)
-            mask = valid(out, have[0])
+            mask = layers.valid_frames(out.lengths, have[0])
             for t, x, y in zip(numbers, have, want, strict=True):
                 found |= {(t, prefix + name): tuple(distance(x, y, mask, name)[:2]) for name in ("l1", "cosine", "cka")}
         return list(found.values())                                      # in the order of `keys`

@@ -271,8 +271,7 @@ class Linearize(Method):
                 raise SpecError(f"linearize: {name} has states {out.taps[name].shape[1:]}, the teacher's {other} "
                                 f"{targets[other].shape[1:]}; layer distances need equal frames and width "
                                 "(layer_weight: 0 leaves only the logits).")
-            mask = layers.frame_mask(out.lengths, out.taps[name].shape[1])
-            mask = jnp.ones(out.taps[name].shape[:2], bool) if mask is None else mask
+            mask = layers.valid_frames(out.lengths, out.taps[name])
             distance = losses.hidden(out.taps[name], targets[other], mask, self.distance)
             weight = self.layer_weight / len(pairs) * self.fade(self.layer_schedule, step)
             terms[name] = distance._replace(weight=weight)

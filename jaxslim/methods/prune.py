@@ -326,5 +326,4 @@ def _valid(tap: str, x, out, batch) -> jax.Array:
     """(B, T), the frames of a tap that are no padding."""
     if tap.startswith("decoder.") and "decoder_attention_mask" in batch:
         return batch["decoder_attention_mask"] != 0
-    mask = None if tap.startswith("decoder.") else layers.frame_mask(out.lengths, x.shape[1])
-    return jnp.ones(x.shape[:2], bool) if mask is None else mask
+    return layers.valid_frames(None if tap.startswith("decoder.") else out.lengths, x)

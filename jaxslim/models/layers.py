@@ -319,6 +319,12 @@ def frame_mask(lengths: jax.Array | None, frames: int) -> jax.Array | None:
     return None if lengths is None else jnp.arange(frames) < lengths[:, None]
 
 
+def valid_frames(lengths: jax.Array | None, x: jax.Array) -> jax.Array:
+    """`frame_mask` for x (B, T, ...), all True where nothing is padded: (B, T)."""
+    mask = frame_mask(lengths, x.shape[1])
+    return jnp.ones(x.shape[:2], bool) if mask is None else mask
+
+
 def zero_padding(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     """x (B, T, ...) with padded frames set to zero."""
     return x if mask is None else jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 2)), x, 0)

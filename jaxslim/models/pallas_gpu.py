@@ -11,7 +11,6 @@ the same code runs on a CPU, which is how it is tested; the tests also lower it 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,28 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from jaxslim.models import pallas_gla, pallas_scan
+from jaxslim.models.pallas_gla import Shape
 
 SIZES = (16, 32, 64, 128)   # of P and N: powers of two, as all blocks of Triton; its products begin at 16
-
-
-class Shape(NamedTuple):
-    """Static sizes: B rows, T frames (padded), H heads in G groups, states P x N, Q frames a chunk."""
-
-    rows: int
-    frames: int
-    heads: int
-    groups: int
-    size: int
-    width: int
-    chunk: int
-
-    @property
-    def each(self) -> int:                                               # heads of a group
-        return self.heads // self.groups
-
-    @property
-    def levels(self) -> int:                                             # halvings of a chunk
-        return self.chunk.bit_length() - 1
 
 
 def shape(op: str, rows: int, frames: int, heads: int, groups: int, size: int, width: int) -> Shape | str:
@@ -49,7 +29,7 @@ def shape(op: str, rows: int, frames: int, heads: int, groups: int, size: int, w
     if size not in SIZES or width not in SIZES:
         return f"heads of {size} x {width}; both must be {', '.join(map(str, SIZES[:-1]))} or {SIZES[-1]}"
     chunk = 64 if op != "gla" and size * width <= 64 * 64 else 32
-    return Shape(rows, -(-frames // chunk) * chunk, heads, groups, size, width, chunk)
+    return Shape(rows, -(-frames // chunk) * chunk, heads, groups, size, width, chunk, together=1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -43,11 +43,12 @@ SHIFT = 520    # samples from the start of a wav2vec2 frame's field to its centr
 STRIDE = 320   # samples from frame to frame, of both
 POSITION = "aux.position."
 FRONT = dict(conv_kernel=[1, mel.SIZE, 1, 1, 1, 3, 3], conv_stride=[1, mel.HOP, 1, 1, 1, 1, 2])
-TINY = 1e-4             # of the first weight: group norm adds 1e-5 to a variance far below and so normalises nothing
+TINY = 1e-4             # of the first weights: group norm adds 1e-5 to a variance far below and so normalises nothing
+THIN = 100              # bins of a window's spectrum from here on: every second one, mel bands are wide there
 GAIN = 1e3              # of a window's spectrum: GELU is a square far below 1 and half a magnitude far above
 STEPS, RATIO = 7, 4.0   # of a logarithm, and from one to the next
 KERNEL = 48             # of the convolution for position
-WAVE, ABOVE = 0.1, 6.0  # of the wave and added to it, also to log-mel features: GELU leaves them as they are there
+ABOVE = 6.0             # added to log-mel features: GELU leaves them as they are there
 NAMES = {"self_attn": "attention", "self_attn_layer_norm": "layer_norm", "fc1": "feed_forward.intermediate_dense",
          "fc2": "feed_forward.output_dense", "final_layer_norm": "final_layer_norm"}
 
@@ -92,16 +93,19 @@ def with_positions(teacher: Slim, batches, windows: int) -> Slim:
 def log_mel(teacher: Slim, batches, frames: int = 10_000) -> dict[str, np.ndarray]:
     """Five convolutions (kernels 1, 400, 1, 1, 1) that make of a waveform what Whisper is fed with, plus ABOVE.
 
-    After the wave itself every bin of the Fourier transform of a window, in three phases: the sum of their GELUs is
-    even, a square for small values and a magnitude for large ones. Then mel bands; then, of every band, steps of a
-    logarithm: GELU(u) - GELU(u - 1) rises from 0 to 1, for u = band / RATIO^k; then their weights, by least squares on
-    data. It explains 99.5 % of the variance of the features of speech.
+    First the wave with both signs, as GELU(x) - GELU(-x) = x; then bins of the Fourier transform of a window, in three
+    phases: the sum of their GELUs is even, a square for small values and a magnitude for large ones. Then mel bands;
+    then, of every band, steps of a logarithm: GELU(u) - GELU(u - 1) rises from 0 to 1, for u = band / RATIO^k; then
+    their weights, by least squares on data. It explains 99.5 % of the variance of the features of speech.
     """
     mels, bank = teacher.spec["num_mel_bins"], mel.filters(teacher.spec["num_mel_bins"])             # (201, M)
-    bins, bank, window = np.flatnonzero(bank.any(1))[:, None, None], bank[bank.any(1)], mel._hann()
-    wave = window * np.cos(2 * np.pi * (bins * np.arange(mel.SIZE) / mel.SIZE + np.arange(3)[:, None] / 3))
-    wave -= wave.sum(-1, keepdims=True) / window.sum() * window   # ABOVE has to vanish from their outputs
-    wave = wave.reshape(-1, 1, mel.SIZE)                                                              # (597, 1, 400)
+    bins = np.flatnonzero(bank.any(1))
+    kept = np.union1d(np.union1d(bins[bins <= THIN], bins[bins > THIN][1::2]), bins[-1:])
+    # what a bin that is left out would have given is the mean of its neighbours
+    bank = np.stack([np.interp(bins, kept, unit) for unit in np.eye(len(kept))]) @ bank[bins]
+    wave = mel._hann() * np.cos(
+        2 * np.pi * (kept[:, None, None] * np.arange(mel.SIZE) / mel.SIZE + np.arange(3)[:, None] / 3))
+    wave = wave.reshape(-1, 1, mel.SIZE)                                                              # (450, 1, 400)
     seen, want, count = [], [], 0
     for batch in batches:
         for clip, mask in zip(batch["input_values"], batch["attention_mask"], strict=True):
@@ -126,12 +130,12 @@ def log_mel(teacher: Slim, batches, frames: int = 10_000) -> dict[str, np.ndarra
         lower[:, i, i], upper[:, i, i], bias[i] = weights[:STEPS], -weights[:STEPS], weights[-1] + ABOVE
         upper[-1, i, i] += weights[STEPS]
     steps = np.kron(RATIO ** -np.arange(STEPS)[:, None], np.eye(mels))                                # (STEPS M, M)
-    filters = np.float16(LEVEL * GAIN / WAVE * wave).astype(float)   # as stored; the bias takes what is left of ABOVE
-    layers = [(np.full((1, 1, 1), TINY), np.zeros(1)), (filters, -ABOVE * filters.sum((1, 2))),
+    filters = LEVEL * GAIN * np.concatenate([wave, -wave], 1)
+    layers = [(np.reshape([TINY, -TINY], (2, 1, 1)), np.zeros(2)), (filters, np.zeros(len(filters))),
               (np.repeat(bank * scale, 3, 0).T, np.zeros(mels)),
               (np.tile(steps, (2, 1)), np.repeat([0.0, -1.0], STEPS * mels)),
               (np.concatenate([*lower, *upper]).T, bias)]
-    out = {"0.layer_norm.weight": np.full(1, WAVE * 1e-5**0.5 / TINY), "0.layer_norm.bias": np.full(1, ABOVE)}
+    out = {"0.layer_norm.weight": np.full(2, 1e-5**0.5 / TINY), "0.layer_norm.bias": np.zeros(2)}
     for i, (weight, shift) in enumerate(layers):
         out |= {f"{i}.conv.weight": weight.reshape(*weight.shape[:2], -1), f"{i}.conv.bias": shift}
     return out

@@ -358,14 +358,18 @@ def in_chunks(fn, x: jax.Array, call: Call) -> jax.Array:
     stays in the cache, so time stays proportional to T."""
     if not call.chunked(x.shape[1]):
         return fn(x)
-    y = jax.lax.map(fn, to_chunks(x))
-    return jnp.moveaxis(y, 0, 1).reshape(x.shape[0], -1, y.shape[-1])[:, : x.shape[1]]
+    return from_chunks(jax.lax.map(fn, to_chunks(x)), x.shape[1])
 
 
 def to_chunks(x: jax.Array) -> jax.Array:
     """(B, T, ...) -> (chunks, B, CHUNK, ...), zero padded at the end."""
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % CHUNK)) + ((0, 0),) * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(x.shape[0], -1, CHUNK, *x.shape[2:]), 1, 0)
+
+
+def from_chunks(y: jax.Array, frames: int) -> jax.Array:
+    """(chunks, B, CHUNK, D) -> (B, frames, D)."""
+    return jnp.moveaxis(y, 0, 1).reshape(y.shape[1], -1, y.shape[-1])[:, :frames]
 
 
 def attention(q, k, v, mask, scale: float, call: Call, rate: float = 0.0, bias: jax.Array | None = None,

@@ -85,16 +85,28 @@ class Attention(nnx.Module):
             return recurrent.run(self, x, mask, call)
         if self.causal:
             return self.extend(x, mask, self.state(len(x)), call)[0]
-        if call.chunked(x.shape[1]) and not self.window:
+        if call.chunked(x.shape[1]):
             return self.in_chunks(x, mask, call)
         return self.attend(x, *self.keys(x), mask, call)
 
     def in_chunks(self, x: jax.Array, mask: jax.Array | None, call: L.Call) -> jax.Array:
-        """Linear attention over long audio: sum up phi(k) v chunk by chunk, then read with phi(q)."""
-        mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
+        """Linear attention over long audio: sum up phi(k) v chunk by chunk, then read with phi(q). With a window, keys
+        and values of the frames near a chunk are computed again."""
+        mask, count = jnp.ones(x.shape[:2], bool) if mask is None else mask, x.shape[1]
         parts = jax.lax.map(lambda c: self.write(*self.keys(c[0]), c[1]), (L.to_chunks(x), L.to_chunks(mask)))
         state = jax.tree.map(lambda part: part.sum(0), parts)
-        return L.in_chunks(lambda x: self.join(self.read(x, state)), x, call)
+        if not self.window:
+            return L.in_chunks(lambda x: self.join(self.read(x, state)), x, call)
+        w, end = self.window, self.window + -x.shape[1] % L.CHUNK
+        x, mask = (jnp.pad(h, ((0, 0), (w, end)) + ((0, 0),) * (h.ndim - 2)) for h in (x, mask))
+
+        def piece(start):
+            around, seen = (jax.lax.dynamic_slice_in_dim(h, start, L.CHUNK + 2 * w, 1) for h in (x, mask))
+            q = self._split(getattr(self, self.names[0])(around[:, w:-w]))
+            y = divide(*read(self.features(q, "q"), state))
+            return self.join(self.mixed(y, self.near(q, *self.keys(around), seen, both=True)).astype(x.dtype))
+
+        return L.from_chunks(jax.lax.map(piece, jnp.arange(len(parts[0])) * L.CHUNK), count)
 
     def write(self, k, v, mask) -> tuple[jax.Array, jax.Array]:
         return summary(self.features(k, "k"), v, mask)

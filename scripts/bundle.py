@@ -1,6 +1,7 @@
 """Puts a trained model into checkpoints/ as a bundled one, weights in half precision; or speech into the package.
 
     python scripts/bundle.py runs/teacher/final          # -> checkpoints/wav2vec2-ctc-en, in place of the old weights
+    python scripts/bundle.py runs/a/final runs/b/final   # the mean of the parameters of models of one training
     python scripts/bundle.py prompts --prompts           # -> jaxslim/assets/prompts-{es,fr,it,ru}/{train,test}.parquet
     python scripts/bundle.py heldout.parquet --general test            # -> jaxslim/assets/synthetic-en/test.parquet
     python scripts/bundle.py flite.parquet+piper.parquet --general train # -> jaxslim/assets/synthetic-en/train.parquet
@@ -58,18 +59,20 @@ def general(sources: str, split: str, folder: pathlib.Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("src", help="folder, hub id or bundled:NAME of the trained model")
+    parser.add_argument("src", nargs="+", help="folder, hub id or bundled:NAME of the trained model")
     parser.add_argument("--name", default="wav2vec2-ctc-en")
     parser.add_argument("--prompts", action="store_true", help="SRC is a folder of prompts, LANG/train.parquet")
     parser.add_argument("--general", choices=GENERAL, help="SRC is Parquet files of other speech, for this split")
     parser.add_argument("--assets", type=pathlib.Path, default=ROOT / "jaxslim/assets", help="where prompts go")
     args = parser.parse_args()
     if args.general:
-        return general(args.src, args.general, args.assets / "synthetic-en")
+        return general(args.src[0], args.general, args.assets / "synthetic-en")
     if args.prompts:
-        return prompts(pathlib.Path(args.src), args.assets)
-    model, target = hub.load(args.src), ROOT / "checkpoints" / args.name
-    hub.save(model, target, source=target if target.exists() else args.src, dtype="float16")
+        return prompts(pathlib.Path(args.src[0]), args.assets)
+    models, target = [hub.load(src) for src in args.src], ROOT / "checkpoints" / args.name
+    model = models[0].replace(params={
+        k: np.mean([np.asarray(m.params[k], np.float64) for m in models], 0).astype(np.float32) for k in models[0].params})
+    hub.save(model, target, source=target if target.exists() else args.src[0], dtype="float16")
     half = hub.load(target)
     worst = max(float(np.max(np.abs(np.asarray(half.params[k]) - np.asarray(v)) / (np.abs(np.asarray(v)) + 1e-4)))
                 for k, v in model.params.items())

@@ -17,7 +17,7 @@ def test_the_python_page_runs(tmp_path, monkeypatch):
     for block in blocks:
         line = text[: text.index(block)].count("\n")
         exec(compile("\n" * line + block, "docs/api.md", "exec"), names)
-    assert set(names["student"].spec.blocks) == {"encoder.6.attention", "encoder.7.attention"}
+    assert set(names["student"].spec.blocks) == {"encoder.2.attention", "encoder.3.attention"}
     assert names["result"]["n"] == 4 and names["record"]["checked"]
 
 

@@ -23,7 +23,7 @@ def test_weights_are_within_half_a_step():
     back = dequantize(small)
     assert back.spec == TEACHER.spec
     changed = [k for k in TEACHER.params if small.params[k].dtype == np.int8]
-    assert len(changed) == 8 * 6
+    assert len(changed) == 4 * 6
     for name in TEACHER.params:
         was, now = (np.asarray(m.params[name], np.float32) for m in (TEACHER, back))
         step = np.asarray(small.params[f"{name}_scale"]) if name in changed else np.zeros(1)
@@ -39,7 +39,7 @@ def test_real_speech_says_nearly_the_same_in_a_smaller_folder(tmp_path):
     for name, model in (("float", TEACHER), ("int8", small)):
         hub.save(model, tmp_path / name)
         sizes.append(os.path.getsize(tmp_path / name / "model.safetensors"))
-    assert sizes[1] < 0.4 * sizes[0]
+    assert sizes[1] < 0.45 * sizes[0]   # its convolutions stay
     assert hub.load(tmp_path / "int8").fingerprint == small.fingerprint
     assert cost.macs(small.spec).total == cost.macs(TEACHER.spec).total
 

@@ -8,7 +8,8 @@ PyTorch's threads wait passively unless OMP_WAIT_POLICY says otherwise: where an
 usual spinning makes PyTorch several times slower, which would flatter us. Rows carry the policy and the machine's load.
 
 A model is named as in hub.py, or `config:NAME` (a stock shape with random weights: shapes.py), and may be
-changed on the spot: `bundled:wav2vec2-ctc-en?encoder.*.attention.mixer=hedgehog` (new parameters are random).
+changed on the spot: `bundled:wav2vec2-ctc-en?encoder.*.attention.mixer=hedgehog`, `?num_hidden_layers=2` (new
+parameters are random).
 """
 from __future__ import annotations
 

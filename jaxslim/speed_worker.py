@@ -79,7 +79,8 @@ def resolve(name: str, seed: int = 0):
 
 
 def changed(spec: Spec, changes: str) -> Spec:
-    """`spec` with `PATTERN.field=value` (YAML), joined by `&`, in every block that fits a pattern."""
+    """`spec` with `PATTERN.field=value` (YAML), joined by `&`, in every block that fits a pattern, and `key=value` of
+    the config."""
     import yaml
 
     from jaxslim.models.roles import blocks
@@ -87,6 +88,9 @@ def changed(spec: Spec, changes: str) -> Spec:
     for change in filter(None, changes.split("&")):
         path, equals, value = change.partition("=")
         pattern, _, field = path.rpartition(".")
+        if equals and path in spec.config:
+            spec = spec.replace(config={**spec.config, path: yaml.safe_load(value)})
+            continue
         found = fnmatch.filter(blocks(spec), pattern)
         if not found or not equals:
             raise BenchError(f"Change {change!r} fits no block; write BLOCK.FIELD=VALUE, such as "

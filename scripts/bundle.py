@@ -70,8 +70,8 @@ def main() -> None:
     if args.prompts:
         return prompts(pathlib.Path(args.src[0]), args.assets)
     models, target = [hub.load(src) for src in args.src], ROOT / "checkpoints" / args.name
-    model = models[0].replace(params={
-        k: np.mean([np.asarray(m.params[k], np.float64) for m in models], 0).astype(np.float32) for k in models[0].params})
+    mean = {k: np.mean([np.asarray(m.params[k], np.float64) for m in models], 0) for k in models[0].params}
+    model = models[0].replace(params={k: v.astype(np.float32) for k, v in mean.items()})
     hub.save(model, target, source=target if target.exists() else args.src[0], dtype="float16")
     half = hub.load(target)
     worst = max(float(np.max(np.abs(np.asarray(half.params[k]) - np.asarray(v)) / (np.abs(np.asarray(v)) + 1e-4)))

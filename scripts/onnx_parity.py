@@ -4,8 +4,9 @@
 
 Each model is exported, opened by onnxruntime, sherpa-onnx or onnx-asr, and run on the 70 bundled test clips one at a
 time; greedy transcripts are compared as strings with this library's. A row of docs/results/onnx.json per model and
-format: differences of logits or log probabilities, frames with the same best symbol, transcripts that differ, bytes.
-The slimmed models are cut and not recovered: this is about programs, not about quality. Needs `jaxslim[export]`.
+format: differences of logits or log probabilities, frames with the same best symbol, transcripts that differ, word
+error rates of both, bytes. The slimmed models are cut and not recovered: this is about programs, not about quality.
+Needs `jaxslim[export]`.
 """
 from __future__ import annotations
 
@@ -23,10 +24,11 @@ import numpy as np
 from jaxslim import __version__, export, hub, onnx_bundles, onnx_graph
 from jaxslim.data import Batches, CTCTask, load_rows
 from jaxslim.methods import METHODS
+from jaxslim.score import score
 
 TEACHER, RESULTS = "bundled:wav2vec2-ctc-en", pathlib.Path(__file__).parents[1] / "docs/results/onnx.json"
 METHOD = {  # the model -> method and options that make it; None: the teacher itself
-    "teacher": None, "hedgehog": ("linearize", {"mixer": "hedgehog"}),
+    "teacher": None, "hedgehog": ("linearize", {"mixer": "hedgehog", "options": {"window": 16}}),
     "pruned": ("prune", {"target": {"macs": 0.7}, "select": "magnitude"}),
     "lowrank": ("lowrank", {"remove": 0.45, "frames": 4000, "sensitivity": "energy"}),
 }
@@ -46,7 +48,7 @@ def make(name: str, task):
     return method.finish(method.start(teacher, batches, jax.random.key(0)), batches)
 
 
-def measure(name: str, model, format: str, dtype: str | None, task, waves) -> dict:
+def measure(name: str, model, format: str, dtype: str | None, task, waves, texts) -> dict:
     row = {"model": name, "format": format, "dtype": dtype or "float32"}
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as tmp:
@@ -54,17 +56,21 @@ def measure(name: str, model, format: str, dtype: str | None, task, waves) -> di
         record = export.export(model, folder, format=format, source=TEACHER, dtype=dtype)
         found = record["int8"] if dtype else record
         ours = onnx_bundles.logits(model, task, waves)
+        said = {i: task.transcript(x.argmax(-1)) for i, x in ours.items()}
         if format == "onnx":
             run, theirs = onnx_graph.read(folder), {}
             for i, wave in waves.items():
                 theirs[i] = run(**task.extractor([wave], len(wave)))[0]
-            different = [i for i in waves if task.transcript(ours[i].argmax(-1)) != task.transcript(
-                theirs[i].argmax(-1))]
+            heard = {i: task.transcript(x.argmax(-1)) for i, x in theirs.items()}
+            different = [i for i in waves if said[i] != heard[i]]
             row |= {"package": f"onnxruntime {importlib.metadata.version('onnxruntime')}", "clips": len(waves),
                     "different": different, "frames_with_the_same_argmax": float(np.concatenate(
                         [ours[i].argmax(-1) == theirs[i].argmax(-1) for i in waves]).mean())}
         else:
             row |= onnx_bundles.transcripts(ours, task, folder, format, waves)
+            heard = said | {d["clip"]: d["package"] for d in row["different"]}
+    row |= {f"{who}wer": score([texts[i] for i in waves], [words[i] for i in waves])["wer"]
+            for who, words in (("", said), ("export_", heard))}
     keys = ("bytes", "max_difference", "max_abs", "relative_difference", "argmax_agreement")
     return {**row, **{f"export_{k}" if k != "bytes" else k: found[k] for k in keys}, "opset": record["opset"],
             "fingerprint": model.fingerprint, "seconds": round(time.perf_counter() - start, 1),
@@ -84,12 +90,12 @@ def main() -> None:
         parser.error(f"unknown model {', '.join(unknown)}; known are {', '.join(METHOD)}")
     task = CTCTask.from_pretrained(hub.folder(TEACHER))
     clips = load_rows("bundled:prompts-en/test")[: args.limit]
-    waves = {i: clips.audio(i) for i in range(len(clips))}
+    waves, texts = {i: clips.audio(i) for i in range(len(clips))}, clips.column("text")
     rows = json.loads(args.output.read_text()) if args.output.exists() else []
     for name in args.models:
         model = make(name, task)
         for format in args.formats:
-            row = measure(name, model, format, "int8" if args.int8 else None, task, waves)
+            row = measure(name, model, format, "int8" if args.int8 else None, task, waves, texts)
             print(f"{name:9} {format:12} {row['dtype']:8} {row['package']}: {row['clips'] - len(row['different'])} of "
                   f"{row['clips']} transcripts the same, relative difference {row['export_relative_difference']:.1e} "
                   f"({row['seconds']:.0f} s)", flush=True)

@@ -42,6 +42,8 @@ def test_names(tmp_path):
     assert weights == "partly random" and linear.spec.blocks == {
         "encoder.0.attention": {"mixer": "hedgehog"}, "encoder.0.ffn": {"units": 5}}
     assert np.array_equal(linear.params["lm_head.weight"], model.params["lm_head.weight"])
+    short, _ = speed.resolve(f"{tmp_path / 'm'}?num_hidden_layers=1&encoder.*.attention.mixer=hedgehog")
+    assert list(short.spec.blocks) == ["encoder.0.attention"]
     for name, part in (("config:nonsense", "wav2vec2-base"), (f"{tmp_path / 'm'}?encoder.9.ffn.units=5", "no block")):
         with pytest.raises(speed.BenchError, match=part):
             speed.resolve(name)

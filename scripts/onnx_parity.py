@@ -39,11 +39,8 @@ def make(name: str, task):
     if METHOD[name] is None:
         return teacher
     method, options = METHOD[name]
-    rows = load_rows("bundled:prompts-en/train")
-
-    def batches():
-        return iter(Batches(rows, task, batch_size=8, buckets=[6.0], max_seconds=6.0, shuffle=False, epochs=1))
-
+    batches = Batches(load_rows("bundled:prompts-en/train"), task, batch_size=8, buckets=[6.0], max_seconds=6.0,
+                      shuffle=False, epochs=1)
     method = METHODS[method](**options)
     return method.finish(method.start(teacher, batches, jax.random.key(0)), batches)
 

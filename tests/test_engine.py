@@ -77,6 +77,17 @@ def test_a_program_read_back():
     assert hlo.bytes_accessed(alone) == 16 + 16
 
 
+def test_parts_of_one_collective_count_once():
+    """As the TPU's compiler writes an all-gather that runs beside other work: parts in several fusions, one channel."""
+    part = ("%part{0} (p: bf16[16,64]) -> bf16[64,64] {{\n  %p = bf16[16,64] parameter(0)\n  ROOT %ag{0} = bf16[64,64] "
+            "all-gather(%p), channel_id={1}, replica_groups=[1,4]<=[4], dimensions={{0}}\n}}\n\n")
+    text = "".join(part.format(i, channel) for i, channel in enumerate((7, 7, 8)))
+    text += "ENTRY %main (a: bf16[16,64]) -> bf16[64,64] {\n  %a = bf16[16,64] parameter(0)\n" + "".join(
+        f"  %f{i} = bf16[64,64] fusion(%a), kind=kCustom, calls=%part{i}\n" for i in range(3)) + "}\n"
+    found = hlo.by_kind(hlo.collectives(hlo.Module.parse(text)))
+    assert found == {"all-gather": {"count": 2, "bytes": 2 * 64 * 64 * 2}}
+
+
 def test_equal_layers_in_a_loop():
     """WavLM's first layer differs from the rest, and so does a pruned one."""
     spec = tiny.slim(tiny.config("wavlm", num_hidden_layers=4)).spec

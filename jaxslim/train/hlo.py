@@ -110,11 +110,13 @@ class Collective(NamedTuple):
 
 
 def collectives(module: Module) -> list[Collective]:
-    """The collectives of a step, asynchronous ones once."""
-    out = []
+    """The collectives of a step, asynchronous ones once: the TPU's compiler writes parts of one, with one channel, into
+    several fusions that it runs meanwhile."""
+    out, seen = [], set()
     for i, _, times in module.running():
-        kind = i.kind.removesuffix("-start")
-        if kind in COLLECTIVES:
+        kind, channel = i.kind.removesuffix("-start"), re.search(r"channel_id=(\d+)", i.rest)
+        if kind in COLLECTIVES and (not channel or (kind, channel[1]) not in seen):
+            seen.add((kind, channel and channel[1]))
             group, sizes = _group(i.rest), [s.bytes for s in i.shapes]
             if i.kind.endswith("-start") and kind != "all-reduce":  # (operands, results, ...)
                 sizes = [max(sizes)]

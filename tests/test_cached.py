@@ -96,6 +96,7 @@ def test_refused(world, tmp_path, small):
         cached.check(METHOD, dataclasses.replace(given, speed_perturb=(0.9, 1.1)))
 
 
+@pytest.mark.slow
 def test_in_a_recipe(small, tmp_path):
     """Two students share one pass of the teacher; a stage that cannot is refused before any work."""
     data = write_data(tmp_path / "data", rows=4)

@@ -47,6 +47,7 @@ def test_generated_code_with_open_shapes(short, tmp_path):
     assert not (out / "model.onnx").exists() and hub.load(out).spec.blocks == spec.blocks
 
 
+@pytest.mark.slow
 def test_a_window_with_open_shapes(short, tmp_path):
     model = tiny.slim(tiny.slim().spec.with_block("encoder.1.attention", mixer="hedgehog", options={"window": 5}))
     assert export.export(model, tmp_path / "out", format="onnx")["relative_difference"] < 1e-5

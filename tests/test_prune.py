@@ -68,6 +68,7 @@ def test_a_run_lands_on_two_budgets(caplog):
     bind.check(small.spec, small.params)
 
 
+@pytest.mark.slow
 def test_ranks_under_a_budget():
     """Ranks alone, on rotated heads: the cut model is thinner, not narrower, and within its budget."""
     method = Prune(target={"params.attention": 0.6}, gates=("qk", "vo"), ramp_steps=40)

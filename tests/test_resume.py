@@ -119,6 +119,7 @@ def test_four_devices_then_two(whole, small, tmp_path):
     alike(tmp_path, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_one_of_two_hosts_is_preempted(whole, small, tmp_path):
     """Both save at the same step; one host of four devices goes on."""

@@ -104,6 +104,7 @@ def test_a_run_in_a_bucket(small, tmp_path, monkeypatch):
 
 
 
+@pytest.mark.slow
 def test_a_changed_config_and_augmentation(small, tmp_path):
     trained = recipe.train(config(tmp_path, small, model=small["model"], min_seconds=0.0, buckets=[0.12, 0.7],
                                   model_config={"hidden_dropout": 0.3}, augment={"noise": 1.0}, join_seconds=0.7))

@@ -19,8 +19,8 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", ["wav2vec2", "conformer", pytest.param("wavlm", marks=pytest.mark.slow),
-                                  pytest.param("stable layer norm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["wav2vec2", *(pytest.param(n, marks=pytest.mark.slow) for n in (
+    "conformer", "wavlm", "stable layer norm"))])
 def test_open_shapes(name, tmp_path):
     family, head, changes = MODELS[name]
     model = tiny.slim(tiny.config(family, **changes), head)

@@ -50,7 +50,8 @@ def same(have, want, tolerance):
 
 
 @pytest.mark.parametrize("method, taught", [(Finetune(), False), (Linearize(logit_weight=0.5), True),
-                                            (Linearize(objective="align"), True), (GENERATE, True)],
+                                            (Linearize(objective="align"), True),
+                                            pytest.param(GENERATE, True, marks=pytest.mark.slow)],
                          ids=["ctc", "cald", "align", "generate"])
 def test_microbatches_equal_one_batch(method, taught):
     student = method.start(MODEL, None, None)

@@ -368,7 +368,7 @@ def to_chunks(x: jax.Array) -> jax.Array:
 
 
 def from_chunks(y: jax.Array, frames: int) -> jax.Array:
-    """(chunks, B, CHUNK, D) -> (B, frames, D)."""
+    """(chunks, B, frames of each, D) -> (B, frames, D)."""
     return jnp.moveaxis(y, 0, 1).reshape(y.shape[1], -1, y.shape[-1])[:, :frames]
 
 

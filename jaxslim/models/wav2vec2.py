@@ -72,7 +72,7 @@ class FeatureExtractor(nnx.Module):
         wave = jnp.pad(wave, ((0, 0), (0, max(chunks * size + self.field - wave.shape[1], 0))))
         y = jax.lax.map(lambda start: self.convolve(jax.lax.dynamic_slice_in_dim(
             wave, start, size - self.stride + self.field, 1), *moments), jnp.arange(chunks) * size)
-        return jnp.moveaxis(y, 0, 1).reshape(wave.shape[0], -1, y.shape[-1])[:, :count]
+        return L.from_chunks(y, count)
 
     def convolve(self, wave, *moments):
         first, *others = self.conv_layers

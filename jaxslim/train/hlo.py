@@ -115,8 +115,9 @@ def collectives(module: Module) -> list[Collective]:
     out, seen = [], set()
     for i, _, times in module.running():
         kind, channel = i.kind.removesuffix("-start"), re.search(r"channel_id=(\d+)", i.rest)
-        if kind in COLLECTIVES and (not channel or (kind, channel[1]) not in seen):
-            seen.add((kind, channel and channel[1]))
+        which = kind, channel[1] if channel else i.name
+        if kind in COLLECTIVES and which not in seen:
+            seen.add(which)
             group, sizes = _group(i.rest), [s.bytes for s in i.shapes]
             if i.kind.endswith("-start") and kind != "all-reduce":  # (operands, results, ...)
                 sizes = [max(sizes)]

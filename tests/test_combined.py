@@ -31,7 +31,7 @@ def test_every_stage_is_there_and_the_model_is_smaller_and_linear(run):
     attention = final.spec.attention("encoder.3.attention")
     assert attention.mixer == "hedgehog" and "int8" in final.spec.blocks["encoder.3.attention"]
     assert any(final.spec.attention(f"encoder.{i}.attention").qk_dim < 64 for i in range(4))
-    assert {f["adapter"]["kind"] for f in final.spec.blocks.values() if "adapter" in f} <= {"merged"}
+    assert {f["adapter"]["kind"] for f in final.spec.blocks.values() if "adapter" in f} == {"merged"}
     assert final.params["wav2vec2.encoder.layers.0.feed_forward.intermediate_dense.weight"].dtype == np.int8
 
 

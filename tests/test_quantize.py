@@ -39,7 +39,8 @@ def test_real_speech_says_nearly_the_same_in_a_smaller_folder(tmp_path):
     for name, model in (("float", TEACHER), ("int8", small)):
         hub.save(model, tmp_path / name)
         sizes.append(os.path.getsize(tmp_path / name / "model.safetensors"))
-    assert sizes[1] < 0.45 * sizes[0]   # its convolutions stay
+    kept = sum(4 * np.size(v) for k, v in TEACHER.params.items() if "conv" in k)   # stays as it is
+    assert sizes[1] - kept < 0.3 * (sizes[0] - kept)
     assert hub.load(tmp_path / "int8").fingerprint == small.fingerprint
     assert cost.macs(small.spec).total == cost.macs(TEACHER.spec).total
 

@@ -118,20 +118,34 @@ def jaxpr_macs(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> int:
     Raises:
       ValueError: a matrix product under `while` (no known trip count), or branches of `cond` that differ.
     """
-    total = 0
+    return sum(times * _eqn_macs(eqn) for eqn, times in products(jaxpr))
+
+
+def products(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> Iterator[tuple[core.JaxprEqn, int]]:
+    """The dot_general and conv_general_dilated of a jaxpr, and how often each runs. Raises as `jaxpr_macs`."""
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        name, p = eqn.primitive.name, eqn.params
-        if name == "dot_general":
-            (contract, _), _ = p["dimension_numbers"]
-            total += eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[i] for i in contract)
-        elif name == "conv_general_dilated":
-            _, rhs, _ = p["dimension_numbers"]  # (out, in / groups, *window)
-            total += eqn.outvars[0].aval.size * math.prod(eqn.invars[1].aval.shape[i] for i in rhs[1:])
-        elif inner := [jaxpr_macs(j) for j in _inner(p)]:
-            if name == "while" and any(inner) or name == "cond" and len(set(inner)) > 1:
-                raise ValueError(f"MACs: the work of a `{name}` depends on data, so it cannot be counted.")
-            total += p["length"] * inner[0] if name == "scan" else inner[0] if name == "cond" else sum(inner)
-    return total
+        name = eqn.primitive.name
+        if name in ("dot_general", "conv_general_dilated"):
+            yield eqn, 1
+            continue
+        inner = [list(products(j)) for j in _inner(eqn.params)]
+        if name == "cond":
+            if len({sum(times * _eqn_macs(e) for e, times in branch) for branch in inner}) > 1:
+                raise ValueError("MACs: the work of a `cond` depends on data, so it cannot be counted.")
+            inner = inner[:1]
+        if name == "while" and any(inner):
+            raise ValueError("MACs: the work of a `while` depends on data, so it cannot be counted.")
+        for e, times in (found for part in inner for found in part):
+            yield e, times * (eqn.params["length"] if name == "scan" else 1)
+
+
+def _eqn_macs(eqn: core.JaxprEqn) -> int:
+    lhs, rhs = (v.aval.shape for v in eqn.invars[:2])
+    if eqn.primitive.name == "dot_general":
+        (contract, _), _ = eqn.params["dimension_numbers"]
+        return eqn.outvars[0].aval.size * math.prod(lhs[i] for i in contract)
+    _, dims, _ = eqn.params["dimension_numbers"]  # (out, in / groups, *window)
+    return eqn.outvars[0].aval.size * math.prod(rhs[i] for i in dims[1:])
 
 
 def _inner(parameters: dict[str, Any]) -> Iterator[core.ClosedJaxpr | core.Jaxpr]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxslim import cost
-from jaxslim.models import scan
+from jaxslim.models import kernels, scan
 
 B, T, H, G, P, N = 2, 45, 4, 2, 5, 6
 LENGTHS = np.array([45, 29])
@@ -95,6 +95,8 @@ CASES = {"ssd": (ssd, ssd_inputs, ("dt",)), "selective": (selective, selective_i
          "delta": (delta, delta_inputs, ("beta", "g")), "causal": (causal, causal_inputs, ("k",)),
          "gla": (gla, gla_inputs, ("k", "g"))}
 CASE = pytest.mark.parametrize("name", CASES)
+FORMS = pytest.mark.parametrize("name, at_once", [*((n, False) for n in CASES), ("ssd", True), ("delta", True),
+                                                  ("causal", True)])   # a CPU would take chunks in turn
 
 
 @functools.partial(jax.jit, static_argnames=("name", "chunk"))
@@ -111,18 +113,19 @@ def near(have, want, tolerance):
     assert error <= tolerance, error
 
 
-@CASE
-def test_equals_the_recurrence_whatever_the_chunk(name):
+@FORMS
+def test_equals_the_recurrence_whatever_the_chunk(name, at_once):
     inputs = draw(name)
     want = CASES[name][0](**inputs)
     for chunk in (16, 64):  # 45 frames: no multiple; 64: one chunk
-        have = chunked(name, inputs, chunk=chunk)
+        with kernels.PLAIN(at_once):
+            have = chunked(name, inputs, chunk=chunk)
         near(have[0], want[0], 1e-5)
         near(have[1], want[1], 1e-5)
 
 
-@CASE
-def test_gradients_equal_those_of_the_recurrence(name):
+@FORMS
+def test_gradients_equal_those_of_the_recurrence(name, at_once):
     """Of a random projection of the output and of the last state, by every input, along random directions; the
     oracle's as central differences in float64."""
     inputs = draw(name, t=21)
@@ -132,8 +135,9 @@ def test_gradients_equal_those_of_the_recurrence(name):
     def loss(outputs):
         return sum((w * x).sum() for w, x in zip(weights, outputs))
 
-    have = jax.jit(jax.grad(lambda i: loss(getattr(scan, name)(**i, chunk=8))))(
-        {k: jnp.asarray(v, jnp.float32) for k, v in inputs.items()})
+    with kernels.PLAIN(at_once):
+        have = jax.jit(jax.grad(lambda i: loss(getattr(scan, name)(**i, chunk=8))))(
+            {k: jnp.asarray(v, jnp.float32) for k, v in inputs.items()})
     for k, x in inputs.items():
         for _ in range(3):
             d = 1e-6 * rng.standard_normal(x.shape)
@@ -193,8 +197,10 @@ def test_macs_by_formula(name):
                "delta": lambda t: scan.delta_macs(t, H, N, P, 16), "causal": lambda t: scan.causal_macs(t, H, N, P, 16),
                "gla": lambda t: scan.gla_macs(t, H, N, P, 16)}
     for t in (16, 45):
-        traced = cost.jaxpr_macs(jax.make_jaxpr(functools.partial(chunked, name))(draw(name, t)))
-        assert traced == B * formula[name](t)
+        for at_once in (False, True):
+            with kernels.PLAIN(at_once):
+                traced = cost.jaxpr_macs(jax.make_jaxpr(functools.partial(chunked, name))(draw(name, t)))
+            assert traced == B * formula[name](t)
 
 
 def test_macs_of_secondary_chunks():

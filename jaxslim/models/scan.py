@@ -8,8 +8,8 @@ as it is: that is how padded frames are kept out, and why flipping a padded batc
 All run in fp32. Shapes: B batch, T frames, n chunks of Q frames, H heads, G groups of R heads, P channels of a head,
 N, F and K, V sizes of the state. Exponents of decays are sums of numbers <= 0 and masked before exp, so that neither
 values nor gradients overflow. `ssd`, `gla` and `causal` run as a kernel where the recorded table says so (kernels.py);
-their `plain_` forms are the oracle, and run everywhere else. `*_macs` count the multiply-accumulates for one row, as
-traced.
+their `plain_` forms are the oracle, and run everywhere else, on a CPU a chunk at a time (`in_turn`). `*_macs` count the
+multiply-accumulates for one row, as traced.
 """
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxslim.models import kernels
-
-LEAF = 16   # frames below which blocks of gla meet by elementwise products
 
 
 def segments(fn, state, xs, size: int):
@@ -32,6 +30,15 @@ def segments(fn, state, xs, size: int):
     cut = lambda x: jnp.moveaxis(chunks(x, size), 1, 0)  # noqa: E731
     state, ys = jax.lax.scan(fn, state, jax.tree.map(cut, xs))
     return state, jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(rows, -1, *y.shape[3:])[:, :length], ys)
+
+
+def in_turn(plain, xs, state, chunk: int):
+    """plain(*xs, state) -> (y, state). On a CPU one chunk after another, made again for the gradient: what one needs
+    stays in the cache. Elsewhere all chunks at once."""
+    if not kernels.chunks_in_turn():
+        return plain(*xs, state)
+    state, y = segments(jax.checkpoint(lambda state, part: plain(*part, state)[::-1]), state, xs, chunk)
+    return y, state
 
 
 def chunks(x: jax.Array, size: int) -> jax.Array:
@@ -56,28 +63,30 @@ def ssd(x, dt, a, b, c, state=None, chunk: int = 64) -> tuple[jax.Array, jax.Arr
     Returns: y (B, T, H, P), the last state.
     """
     kernel = kernels.recurrence("ssd", *x.shape[:3], *b.shape[2:3], x.shape[3], b.shape[3])
-    return (kernel or functools.partial(plain_ssd, chunk=chunk))(x, dt, a, b, c, state)
+    if kernel:
+        return kernel(x, dt, a, b, c, state)
+    state = jnp.zeros((len(x), *x.shape[2:], b.shape[3])) if state is None else state
+    return in_turn(lambda x, dt, b, c, state: plain_ssd(x, dt, a, b, c, state, chunk), (x, dt, b, c), state, chunk)
 
 
 def plain_ssd(x, dt, a, b, c, state=None, chunk: int = 64) -> tuple[jax.Array, jax.Array]:
-    """`ssd` by XLA."""
+    """`ssd` by XLA, all chunks at once."""
     rows, length, heads, size = x.shape
     groups, width = b.shape[2:]
-    x, dt, b, c = (chunks(v.astype(jnp.float32), chunk) for v in (x, dt, b, c))
-    shape = (*dt.shape[:3], groups, heads // groups)                                     # B, n, Q, G, R
+    x, dt, b, c = (jnp.moveaxis(chunks(v.astype(jnp.float32), chunk), 3, 2) for v in (x, dt, b, c))
+    shape = (*dt.shape[:2], groups, heads // groups, chunk)                              # B, n, G, R, Q
     x = (x * dt[..., None]).reshape(*shape, size)
-    steps = jnp.moveaxis((dt * a).reshape(shape), 2, -1)                                 # (B, n, G, R, Q)
-    total, decay = _decays(steps)
-    scores = jnp.einsum("bnigs,bnjgs->bngij", c, b)[:, :, :, None] * decay               # (B, n, G, R, Q, Q)
-    y = jnp.einsum("bngrij,bnjgrp->bnigrp", scores, x)
-    to_end = jnp.moveaxis(jnp.exp(total[..., -1:] - total), -1, 2)                       # (B, n, Q, G, R)
-    added = jnp.einsum("bnjgs,bnjgrp->bngrps", b, x * to_end[..., None])                 # (B, n, G, R, P, N)
+    total, decay = _decays((dt * a[:, None]).reshape(shape))                             # (B, n, G, R, Q[, Q])
+    y = ((c @ jnp.swapaxes(b, -1, -2))[:, :, :, None] * decay) @ x                       # (B, n, G, R, Q, P)
+    to_end = jnp.exp(total[..., -1:] - total)[..., None]
+    added = jnp.einsum("bngjs,bngrjp->bngrps", b, x * to_end)                            # (B, n, G, R, P, N)
     kept = jnp.exp(total[..., -1])[..., None, None]                                      # (B, n, G, R, 1, 1)
     zero = jnp.zeros(added.shape[:1] + added.shape[2:])
     state = zero if state is None else state.reshape(zero.shape)
     state, before = jax.lax.scan(lambda s, now: (now[0] * s + now[1], s), state,
                                  (jnp.moveaxis(kept, 1, 0), jnp.moveaxis(added, 1, 0)))
-    y += jnp.einsum("bnigs,nbgrps->bnigrp", c, before) * jnp.moveaxis(jnp.exp(total), -1, 2)[..., None]
+    y += jnp.einsum("bngis,nbgrps->bngrip", c, before) * jnp.exp(total)[..., None]
+    y = jnp.moveaxis(y.reshape(*y.shape[:2], heads, chunk, size), 2, 3)                  # (B, n, Q, H, P)
     return y.reshape(rows, -1, heads, size)[:, :length], state.reshape(rows, heads, size, width)
 
 
@@ -128,6 +137,11 @@ def delta(q, k, v, beta, g, state=None, chunk: int = 64) -> tuple[jax.Array, jax
     Args: q, k (B, T, H, K), v (B, T, H, V), beta, g (B, T, H), state (B, H, K, V); `chunk` a power of two.
     Returns: y (B, T, H, V), the last state.
     """
+    state = jnp.zeros((len(k), *k.shape[2:], v.shape[3])) if state is None else state
+    return in_turn(functools.partial(_delta, chunk=chunk), (q, k, v, beta, g), state, chunk)
+
+
+def _delta(q, k, v, beta, g, state, chunk: int) -> tuple[jax.Array, jax.Array]:
     rows, length, heads, _ = v.shape
     q, k, v, beta, g = (jnp.moveaxis(chunks(x.astype(jnp.float32), chunk), 3, 2) for x in (q, k, v, beta, g))
     total, decay = _decays(g)                                                            # (B, n, H, Q[, Q])
@@ -135,7 +149,6 @@ def delta(q, k, v, beta, g, state=None, chunk: int = 64) -> tuple[jax.Array, jax
     inverse = unit_inverse(jnp.tril(product(k * beta[..., None], k) * decay, -1))
     u, w = inverse @ (v * beta[..., None]), inverse @ (k * beta[..., None] * above)      # (B, n, H, Q, V | K)
     to_end = jnp.exp(total[..., -1:] - total)[..., None]
-    state = jnp.zeros((rows, heads, k.shape[-1], v.shape[-1])) if state is None else state
 
     def step(state, part):
         u, w, q, scores, k, kept = part
@@ -204,7 +217,7 @@ def decayed_products(q, k, g) -> tuple[jax.Array, jax.Array, jax.Array]:
 
     The paper's secondary chunks (section 4.3), halved down to single frames: between the halves of a block the decay is
     that of the query since the middle times that of the key up to it. All exponents are sums of numbers <= 0, without a
-    difference, so any decay is as exact as none. Halves of 16 frames or more meet in a matrix product.
+    difference, so any decay is as exact as none.
     """
     lead, (size, width) = q.shape[:-2], q.shape[-2:]
     scores = (q * k).sum(-1)[..., None, None]                                            # (..., blocks, s, s)
@@ -213,10 +226,7 @@ def decayed_products(q, k, g) -> tuple[jax.Array, jax.Array, jax.Array]:
         blocks = lambda x: x.reshape(*lead, -1, s, width)  # noqa: B023, E731
         late = blocks(q)[..., 1::2, :, :] * jnp.exp(before[..., 1::2, :, :])
         early = blocks(k)[..., 0::2, :, :] * jnp.exp(after[..., 0::2, :, :])
-        if s < LEAF:
-            corner = (late[..., :, None, :] * early[..., None, :, :]).sum(-1)
-        else:
-            corner = late @ jnp.swapaxes(early, -1, -2)
+        corner = late @ jnp.swapaxes(early, -1, -2)
         scores = jnp.concatenate([
             jnp.concatenate([scores[..., 0::2, :, :], jnp.zeros_like(corner)], -1),
             jnp.concatenate([corner, scores[..., 1::2, :, :]], -1)], -2)
@@ -228,7 +238,7 @@ def decayed_products(q, k, g) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def gla_macs(frames: int, heads: int, k: int, v: int, chunk: int) -> int:
-    inside = chunk * max(chunk - LEAF, 0) // 2 * k + chunk**2 * v + 2 * chunk * k * v
+    inside = chunk * (chunk - 1) // 2 * k + chunk**2 * v + 2 * chunk * k * v
     return -(-frames // chunk) * heads * inside
 
 
@@ -240,20 +250,22 @@ def causal(q, k, v, state=None, chunk: int = 64) -> tuple[jax.Array, jax.Array]:
     Returns: y (B, T, H, V), the last state.
     """
     kernel = kernels.recurrence("causal", *v.shape[:3], v.shape[2], v.shape[3], q.shape[3])
-    return (kernel or functools.partial(plain_causal, chunk=chunk))(q, k, v, state)
+    if kernel:
+        return kernel(q, k, v, state)
+    state = jnp.zeros((len(k), *k.shape[2:], v.shape[3])) if state is None else state
+    return in_turn(functools.partial(plain_causal, chunk=chunk), (q, k, v), state, chunk)
 
 
 def plain_causal(q, k, v, state=None, chunk: int = 64) -> tuple[jax.Array, jax.Array]:
-    """`causal` by XLA."""
+    """`causal` by XLA, all chunks at once."""
     rows, length, heads, _ = v.shape
-    q, k, v = (chunks(x.astype(jnp.float32), chunk) for x in (q, k, v))
-    scores = jnp.tril(jnp.einsum("bnihf,bnjhf->bnhij", q, k))
-    y = jnp.einsum("bnhij,bnjhv->bnihv", scores, v)
-    added = jnp.einsum("bnjhf,bnjhv->nbhfv", k, v)
+    q, k, v = (jnp.moveaxis(chunks(x.astype(jnp.float32), chunk), 3, 2) for x in (q, k, v))
+    y = jnp.tril(q @ jnp.swapaxes(k, -1, -2)) @ v                                        # (B, n, H, Q, V)
+    added = jnp.moveaxis(jnp.swapaxes(k, -1, -2) @ v, 1, 0)                              # (n, B, H, F, V)
     state = jnp.zeros(added.shape[1:]) if state is None else state
     state, before = jax.lax.scan(lambda s, new: (s + new, s), state, added)
-    y += jnp.einsum("bnihf,nbhfv->bnihv", q, before)
-    return y.reshape(rows, -1, heads, v.shape[-1])[:, :length], state
+    y += q @ jnp.moveaxis(before, 0, 1)
+    return jnp.moveaxis(y, 2, 3).reshape(rows, -1, heads, v.shape[-1])[:, :length], state
 
 
 def causal_macs(frames: int, heads: int, features: int, v: int, chunk: int) -> int:

@@ -3,12 +3,14 @@
     python scripts/mixer_speed.py --mixers softmax,elu,mamba2 [--seconds 10,60] [--shape wav2vec2-base]
     python scripts/mixer_speed.py --ssd [--seconds 10,60]
 
---mixers: an attention block of a stock shape with that mixer, batch 1, float32, random weights. Matrix products alone:
-each one that the traced program has, by itself on random numbers, as often as it runs there; the sum of their times.
---ssd: `scan.ssd` of CALD's Mamba-2 (16 heads of 64, state 128), forward and with gradients, its matrix products alone,
-`associative_scan` over all states (to 10 s: it holds a state a frame), and a step for each frame. Roofline: the larger
-of the products' time at the rate of one large product and the inputs' and outputs' time at the rate of a copy, both
-measured here. Times are medians of --repeats calls in turn. Prints a JSON list.
+--mixers: an attention block of a stock shape with that mixer, batch 1, float32, random weights. Matrix products
+alone: each one that the traced program has, by itself on random numbers, as often as it runs there; the sum of their
+times.
+--ssd: `scan.ssd` of CALD's Mamba-2 (16 heads of 64, state 128), forward and with gradients: a chunk after
+another, as on a CPU, its matrix products alone, all chunks together, `associative_scan` over all states (to 10 s: it
+holds a state a frame), and a step for each frame. Roofline: the larger of the products' time at the rate of one large
+product and the inputs' and outputs' time at the rate of a copy, both measured here. Times are medians of --repeats
+calls in turn. Prints a JSON list.
 """
 from __future__ import annotations
 
@@ -140,7 +142,8 @@ def ssd_rows(seconds: list[float], repeats: int) -> list[dict]:
         frames = round(s * FRAMES)
         args = (draw((1, frames, heads, size)), jax.nn.softplus(draw((1, frames, heads), 1) - 3),
                 -jnp.linspace(1, 16, heads), draw((1, frames, groups, width), 2), draw((1, frames, groups, width), 3))
-        forms = {"chunked": lambda *v: scan.ssd(*v)[0], "associative scan": by_states, "frame by frame": by_frames}
+        forms = {"chunked": lambda *v: scan.ssd(*v, in_turn=True)[0], "together": lambda *v: scan.ssd(*v)[0],
+                 "associative scan": by_states, "frame by frame": by_frames}
         if frames > STATES:
             del forms["associative scan"]
         forward_bytes = sum(v.nbytes for v in args) + args[0].nbytes

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxslim import cost
-from jaxslim.models import kernels, scan
+from jaxslim.models import scan
 
 B, T, H, G, P, N = 2, 45, 4, 2, 5, 6
 LENGTHS = np.array([45, 29])
@@ -95,13 +95,13 @@ CASES = {"ssd": (ssd, ssd_inputs, ("dt",)), "selective": (selective, selective_i
          "delta": (delta, delta_inputs, ("beta", "g")), "causal": (causal, causal_inputs, ("k",)),
          "gla": (gla, gla_inputs, ("k", "g"))}
 CASE = pytest.mark.parametrize("name", CASES)
-FORMS = pytest.mark.parametrize("name, at_once", [*((n, False) for n in CASES), ("ssd", True), ("delta", True),
-                                                  ("causal", True)])   # a CPU would take chunks in turn
+FORMS = pytest.mark.parametrize("name, more", [*((n, {}) for n in CASES), *(
+    (n, {"in_turn": True}) for n in ("ssd", "delta", "causal"))])
 
 
-@functools.partial(jax.jit, static_argnames=("name", "chunk"))
-def chunked(name, inputs, state=None, chunk=16):
-    return getattr(scan, name)(**inputs, state=state, chunk=chunk)
+@functools.partial(jax.jit, static_argnames=("name", "chunk", "in_turn"))
+def chunked(name, inputs, state=None, chunk=16, **more):
+    return getattr(scan, name)(**inputs, state=state, chunk=chunk, **more)
 
 
 def draw(name, t=T, seed=0):
@@ -114,18 +114,17 @@ def near(have, want, tolerance):
 
 
 @FORMS
-def test_equals_the_recurrence_whatever_the_chunk(name, at_once):
+def test_equals_the_recurrence_whatever_the_chunk(name, more):
     inputs = draw(name)
     want = CASES[name][0](**inputs)
     for chunk in (16, 64):  # 45 frames: no multiple; 64: one chunk
-        with kernels.PLAIN(at_once):
-            have = chunked(name, inputs, chunk=chunk)
+        have = chunked(name, inputs, chunk=chunk, **more)
         near(have[0], want[0], 1e-5)
         near(have[1], want[1], 1e-5)
 
 
 @FORMS
-def test_gradients_equal_those_of_the_recurrence(name, at_once):
+def test_gradients_equal_those_of_the_recurrence(name, more):
     """Of a random projection of the output and of the last state, by every input, along random directions; the
     oracle's as central differences in float64."""
     inputs = draw(name, t=21)
@@ -135,9 +134,8 @@ def test_gradients_equal_those_of_the_recurrence(name, at_once):
     def loss(outputs):
         return sum((w * x).sum() for w, x in zip(weights, outputs))
 
-    with kernels.PLAIN(at_once):
-        have = jax.jit(jax.grad(lambda i: loss(getattr(scan, name)(**i, chunk=8))))(
-            {k: jnp.asarray(v, jnp.float32) for k, v in inputs.items()})
+    have = jax.jit(jax.grad(lambda i: loss(getattr(scan, name)(**i, chunk=8, **more))))(
+        {k: jnp.asarray(v, jnp.float32) for k, v in inputs.items()})
     for k, x in inputs.items():
         for _ in range(3):
             d = 1e-6 * rng.standard_normal(x.shape)
@@ -190,17 +188,15 @@ def test_in_pieces(name):
     near(again, np.asarray(last, np.float64), 1e-5)
 
 
-@CASE
-def test_macs_by_formula(name):
+@FORMS
+def test_macs_by_formula(name, more):
     formula = {"ssd": lambda t: scan.ssd_macs(t, H, P, G, N, 16),
                "selective": lambda t: scan.selective_macs(t, P, N, 16),
                "delta": lambda t: scan.delta_macs(t, H, N, P, 16), "causal": lambda t: scan.causal_macs(t, H, N, P, 16),
                "gla": lambda t: scan.gla_macs(t, H, N, P, 16)}
     for t in (16, 45):
-        for at_once in (False, True):
-            with kernels.PLAIN(at_once):
-                traced = cost.jaxpr_macs(jax.make_jaxpr(functools.partial(chunked, name))(draw(name, t)))
-            assert traced == B * formula[name](t)
+        traced = cost.jaxpr_macs(jax.make_jaxpr(functools.partial(chunked, name, **more))(draw(name, t)))
+        assert traced == B * formula[name](t)
 
 
 def test_macs_of_secondary_chunks():

@@ -40,11 +40,6 @@ def wanted(op: str) -> bool:
     return choice == "kernel"
 
 
-def chunks_in_turn() -> bool:
-    """Whether plain recurrences run one chunk after another: on a CPU, but not in programs for all devices."""
-    return jax.default_backend() == "cpu" and not PLAIN.value
-
-
 @functools.lru_cache(maxsize=256)
 def fall_back(op: str, why: str) -> None:
     """Says once why the kernel of `op` does not run."""

@@ -202,16 +202,16 @@ class Attention(nnx.Module):
             return recurrent.extend(self.fwd, x, mask, state, call)
         mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
         if not call.chunked(x.shape[1]):
-            return self._extend(x, mask, state)
-        state, y = scan.segments(lambda s, part: self._extend(*part, s)[::-1], state, (x, mask), L.CHUNK)
+            return self._extend(x, mask, state, call)
+        state, y = scan.segments(lambda s, part: self._extend(*part, s, call)[::-1], state, (x, mask), L.CHUNK)
         return y, state
 
-    def _extend(self, x, mask, state):
+    def _extend(self, x, mask, state, call):
         q, (k, v) = self._split(getattr(self, self.names[0])(x)), self.keys(x)
         fq, fk = self.features(q, "q"), self.features(k, "k")
         ones = jnp.ones((*v.shape[:3], 1))  # the denominator is the sum of the same weights times 1
         y, sums = scan.causal(fq, L.zero_padding(fk, mask), jnp.concatenate([v.astype(jnp.float32), ones], -1),
-                              state[0], CAUSAL_CHUNK)
+                              state[0], CAUSAL_CHUNK, call.on_cpu())
         y = divide(y[..., :-1], y[..., -1:])
         if not self.window:
             return self.join(y.astype(x.dtype)), (sums,)

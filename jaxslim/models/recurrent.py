@@ -74,7 +74,7 @@ class Mamba2(nnx.Module):
         h, b, c = split(xbc, (self.inner, *[self.groups * self.width] * 2))
         h, b, c = heads(h, self.heads), heads(b, self.groups), heads(c, self.groups)
         dt = L.zero_padding(jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...]), mask)
-        y, after = scan.ssd(h, dt, -jnp.exp(self.A_log[...]), b, c, state[1], self.chunk)
+        y, after = scan.ssd(h, dt, -jnp.exp(self.A_log[...]), b, c, state[1], self.chunk, call.on_cpu())
         y = (y + self.D[...][:, None] * h).reshape(*x.shape[:2], -1) * jax.nn.silu(z.astype(jnp.float32))
         y = rms(heads(y, self.groups)).reshape(y.shape) * self.norm()
         return self.out_proj(y.astype(x.dtype)), (before, after)
@@ -104,7 +104,7 @@ class Hydra(nnx.Module):
         both = lambda forward, backward: jnp.concatenate([forward, backward[:, ::-1]])  # noqa: E731
         b, c = (heads(both(bc[i], bc[i + 2]), self.groups) for i in (0, 1))                          # (2B, T, G, N)
         x2 = heads(both(h, h), self.heads)
-        y, _ = scan.ssd(x2, both(*dt), -jnp.exp(self.A_log[...]), b, c, None, self.chunk)
+        y, _ = scan.ssd(x2, both(*dt), -jnp.exp(self.A_log[...]), b, c, None, self.chunk, call.on_cpu())
         y = jnp.pad(y, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1]         # what lies beyond the present frame
         y = y[: len(x)] + y[len(x):, ::-1]
         present = L.matmul(h, self.fc_D()).astype(jnp.float32) + self.D[...]                         # (B, T, H)
@@ -165,7 +165,7 @@ class GatedDeltaNet(nnx.Module):
         beta = L.zero_padding(jax.nn.sigmoid(beta.astype(jnp.float32)), mask)
         g = -jnp.exp(self.A_log[...]) * jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...])
         y, after = scan.delta(unit(q) * q.shape[-1] ** -0.5, unit(k), v, beta, L.zero_padding(g, mask), state[1],
-                              self.chunk)
+                              self.chunk, call.on_cpu())
         y = (rms(y) * self.norm()).reshape(*x.shape[:2], -1) * jax.nn.silu(z.astype(jnp.float32))
         return self.out_proj(y.astype(x.dtype)), (before, after)
 

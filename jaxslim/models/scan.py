@@ -8,8 +8,9 @@ as it is: that is how padded frames are kept out, and why flipping a padded batc
 All run in fp32. Shapes: B batch, T frames, n chunks of Q frames, H heads, G groups of R heads, P channels of a head,
 N, F and K, V sizes of the state. Exponents of decays are sums of numbers <= 0 and masked before exp, so that neither
 values nor gradients overflow. `ssd`, `gla` and `causal` run as a kernel where the recorded table says so (kernels.py);
-their `plain_` forms are the oracle, and run everywhere else, on a CPU a chunk at a time (`in_turn`). `*_macs` count the
-multiply-accumulates for one row, as traced.
+their `plain_` forms are the oracle, and run everywhere else: all chunks at once, or with `in_turn` one by one, which is
+faster on a CPU, where what a chunk needs stays in the cache. `*_macs` count the multiply-accumulates for one row, as
+traced.
 """
 from __future__ import annotations
 
@@ -32,10 +33,9 @@ def segments(fn, state, xs, size: int):
     return state, jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(rows, -1, *y.shape[3:])[:, :length], ys)
 
 
-def in_turn(plain, xs, state, chunk: int):
-    """plain(*xs, state) -> (y, state). On a CPU one chunk after another, made again for the gradient: what one needs
-    stays in the cache. Elsewhere all chunks at once."""
-    if not kernels.chunks_in_turn():
+def run(plain, xs, state, chunk: int, in_turn: bool):
+    """plain(*xs, state) -> (y, state). `in_turn`: a chunk after another, each made again for the gradient."""
+    if not in_turn:
         return plain(*xs, state)
     state, y = segments(jax.checkpoint(lambda state, part: plain(*part, state)[::-1]), state, xs, chunk)
     return y, state
@@ -54,7 +54,7 @@ def _decays(steps: jax.Array) -> tuple[jax.Array, jax.Array]:
     return total, jnp.exp(jnp.where(lower, total[..., :, None] - total[..., None, :], -jnp.inf))
 
 
-def ssd(x, dt, a, b, c, state=None, chunk: int = 64) -> tuple[jax.Array, jax.Array]:
+def ssd(x, dt, a, b, c, state=None, chunk: int = 64, in_turn: bool = False) -> tuple[jax.Array, jax.Array]:
     """Mamba-2's state space duality (arXiv 2405.21060, section 6): per head, with A = a < 0,
 
         s_t = exp(dt_t A) s_{t-1} + dt_t x_t b_t^T,    y_t = s_t c_t
@@ -66,7 +66,7 @@ def ssd(x, dt, a, b, c, state=None, chunk: int = 64) -> tuple[jax.Array, jax.Arr
     if kernel:
         return kernel(x, dt, a, b, c, state)
     state = jnp.zeros((len(x), *x.shape[2:], b.shape[3])) if state is None else state
-    return in_turn(lambda x, dt, b, c, state: plain_ssd(x, dt, a, b, c, state, chunk), (x, dt, b, c), state, chunk)
+    return run(lambda x, dt, *more: plain_ssd(x, dt, a, *more, chunk), (x, dt, b, c), state, chunk, in_turn)
 
 
 def plain_ssd(x, dt, a, b, c, state=None, chunk: int = 64) -> tuple[jax.Array, jax.Array]:
@@ -127,7 +127,7 @@ def selective_macs(frames: int, channels: int, width: int, chunk: int) -> int:
     return -(-frames // chunk) * chunk * channels * width
 
 
-def delta(q, k, v, beta, g, state=None, chunk: int = 64) -> tuple[jax.Array, jax.Array]:
+def delta(q, k, v, beta, g, state=None, chunk: int = 64, in_turn: bool = False) -> tuple[jax.Array, jax.Array]:
     """The gated delta rule (arXiv 2412.06464, section 3): per head,
 
         s_t = exp(g_t) (I - beta_t k_t k_t^T) s_{t-1} + beta_t k_t v_t^T,    y_t = s_t^T q_t
@@ -138,7 +138,7 @@ def delta(q, k, v, beta, g, state=None, chunk: int = 64) -> tuple[jax.Array, jax
     Returns: y (B, T, H, V), the last state.
     """
     state = jnp.zeros((len(k), *k.shape[2:], v.shape[3])) if state is None else state
-    return in_turn(functools.partial(_delta, chunk=chunk), (q, k, v, beta, g), state, chunk)
+    return run(functools.partial(_delta, chunk=chunk), (q, k, v, beta, g), state, chunk, in_turn)
 
 
 def _delta(q, k, v, beta, g, state, chunk: int) -> tuple[jax.Array, jax.Array]:
@@ -242,7 +242,7 @@ def gla_macs(frames: int, heads: int, k: int, v: int, chunk: int) -> int:
     return -(-frames // chunk) * heads * inside
 
 
-def causal(q, k, v, state=None, chunk: int = 64) -> tuple[jax.Array, jax.Array]:
+def causal(q, k, v, state=None, chunk: int = 64, in_turn: bool = False) -> tuple[jax.Array, jax.Array]:
     """Causal linear attention without its denominator (arXiv 2006.16236, section 3.3): s_t = s_{t-1} + k_t v_t^T,
     y_t = s_t^T q_t.
 
@@ -253,7 +253,7 @@ def causal(q, k, v, state=None, chunk: int = 64) -> tuple[jax.Array, jax.Array]:
     if kernel:
         return kernel(q, k, v, state)
     state = jnp.zeros((len(k), *k.shape[2:], v.shape[3])) if state is None else state
-    return in_turn(functools.partial(plain_causal, chunk=chunk), (q, k, v), state, chunk)
+    return run(functools.partial(plain_causal, chunk=chunk), (q, k, v), state, chunk, in_turn)
 
 
 def plain_causal(q, k, v, state=None, chunk: int = 64) -> tuple[jax.Array, jax.Array]:

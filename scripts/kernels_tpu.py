@@ -33,13 +33,13 @@ def functions(op: str, problem: tuple[int, ...]):
     import jax
     import jax.numpy as jnp
 
-    from jaxslim.models import attention_kernels, layers, pallas_gla, pallas_scan, scan
+    from jaxslim.models import attention, attention_kernels, layers, pallas_gla, pallas_scan, scan
 
     rows, frames, heads, groups, size, width = problem
     f32 = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)  # noqa: E731
     if op == "attention":
         args = (*[f32(rows, frames, heads, width)] * 2, f32(rows, frames, heads, size))
-        plain = lambda *v: (layers.attention(*v, None, 0.125, layers.Call(attention="dense")),)  # noqa: E731
+        plain = lambda *v: (attention.attention(*v, None, 0.125, layers.Call(attention="dense")),)  # noqa: E731
         return plain, lambda *v: (attention_kernels.splash(*v, None, 0.125),), args, None
     cut = (pallas_gla if op == "gla" else pallas_scan).shape(*problem)
     if isinstance(cut, str):

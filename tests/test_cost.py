@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jaxslim import cost
 from jaxslim.models import bind
-from jaxslim.models.layers import ATTENTION_BLOCK
+from jaxslim.models.attention import BLOCK
 from jaxslim.models.roles import blocks
 from jaxslim.spec import Spec
 
@@ -93,7 +93,7 @@ def test_softmax_is_quadratic_and_hedgehog_linear():
 
 
 def test_as_run_counts_the_blocked_program():
-    short, long = ATTENTION_BLOCK * 15 / 16000, ATTENTION_BLOCK * 50 / 16000
+    short, long = BLOCK * 15 / 16000, BLOCK * 50 / 16000
     assert cost.macs(small(), short, as_run=True).total == cost.traced_macs(small(), short, attention="blocked")
     run = cost.macs(small(), long, as_run=True)
     assert run.blocks == {} and run.total >= cost.macs(small(), long).total

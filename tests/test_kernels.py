@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxslim.models import attention_kernels, kernels, layers, pallas_gla, pallas_gpu, pallas_scan, scan
+from jaxslim.models import attention, attention_kernels, kernels, layers, pallas_gla, pallas_gpu, pallas_scan, scan
 
 CASES = [  # frames, heads, groups, P, N, lengths
     ("tpu", 200, 4, 1, 8, 16, (200, 77)), ("gpu", 200, 4, 2, 16, 32, (200, 77)),
@@ -232,7 +232,7 @@ def test_splash_attention(queries, keys, causal, masked):
     q, k, v = (jnp.asarray(rng.standard_normal((2, n, 2, size)), jnp.float32)
                for n, size in ((queries, 16), (keys, 16), (keys, 8)))
     mask = jnp.arange(keys) < jnp.array([keys, 9])[:, None] if masked else None
-    plain = lambda *a: layers.attention(*a, mask, 0.3, layers.Call(attention="dense"), causal=causal)  # noqa: E731
+    plain = lambda *a: attention.attention(*a, mask, 0.3, layers.Call(attention="dense"), causal=causal)  # noqa: E731
     kernel = lambda *a: attention_kernels.splash(*a, mask, 0.3, causal, interpret=True)  # noqa: E731
     (want, back), (have, other) = jax.vjp(plain, q, k, v), jax.vjp(kernel, q, k, v)
     assert relative(have, want) < 1e-5
@@ -248,7 +248,7 @@ def test_the_call_for_cudnn_by_its_xla_version():
     mask, bias = jnp.arange(9) < jnp.array([9, 4])[:, None], jnp.asarray(rng.standard_normal((2, 2, 9, 9)), jnp.float32)
     for m, b, causal in ((None, None, False), (mask, None, True), (mask, bias, False)):
         have = attention_kernels.cudnn(q, k, v, m, 0.3, b, causal, implementation="xla")
-        want = layers.attention(q, k, v, m, 0.3, layers.Call(attention="dense"), bias=b, causal=causal)
+        want = attention.attention(q, k, v, m, 0.3, layers.Call(attention="dense"), bias=b, causal=causal)
         assert relative(have, want) < 1e-5
 
 

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from jaxslim import hub
-from jaxslim.models import layers
+from jaxslim.models import attention
 
 torch = pytest.importorskip("torch")
 
@@ -93,7 +93,7 @@ def test_a_batch_of_eight_equals_eight_singles():
 @pytest.mark.parametrize("norm", ["group", "layer"])
 def test_blocked_attention_and_convolutions_equal_dense(norm):
     ours = tiny.slim(feat_extract_norm=norm, do_stable_layer_norm=norm == "layer", num_conv_pos_embeddings=15)
-    samples = (2 * layers.ATTENTION_BLOCK + 40) * tiny.STRIDE
+    samples = (2 * attention.BLOCK + 40) * tiny.STRIDE
     values, mask = tiny.waves(samples, samples // 3)
     dense, blocked = (ours(input_values=values, attention_mask=mask, output_hidden_states=True, attention=kind)
                       for kind in ("dense", "blocked"))

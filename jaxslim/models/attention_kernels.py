@@ -14,7 +14,7 @@ BLOCKS = (512, 256, 128)   # of queries and keys at a time on TPU, the largest t
 
 
 def cudnn_lacks(q, k, v, mask, rate: float, bias, causal: bool) -> str:
-    """Why cuDNN cannot do it, or ''. Shapes as layers.attention."""
+    """Why cuDNN cannot do it, or ''. Shapes as attention.attention."""
     if rate:
         return "attention dropout"
     if q.dtype not in (jnp.bfloat16, jnp.float16):

@@ -28,6 +28,7 @@ from flax import nnx
 
 from jaxslim.models import layers as L
 from jaxslim.models import mixers, wav2vec2
+from jaxslim.models.attention import attention
 from jaxslim.spec import Spec
 
 SITE = 2001  # of random numbers, beside the layers' own
@@ -65,7 +66,7 @@ class FullAttention(mixers.Attention):
         def row(part):
             q, i = part                                                                              # (B, T, H, K)
             seen = valid[:, None] & (jnp.arange(count) <= i)[:, None]                                # (B, K, T)
-            return L.attention(q, flat(keys), flat(values), flat(seen), self.scale, call.fold(i), self.rate)
+            return attention(q, flat(keys), flat(values), flat(seen), self.scale, call.fold(i), self.rate)
 
         y = jax.lax.map(row, (rows.unfold(self._split(getattr(self, self.names[0])(x))), rows.index))
         return self.join(y.reshape(x.shape[0], *y.shape[2:]))

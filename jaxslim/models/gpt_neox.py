@@ -21,6 +21,7 @@ from flax import nnx
 
 from jaxslim.models import adapters, recurrent
 from jaxslim.models import layers as L
+from jaxslim.models.attention import attention
 from jaxslim.models.wav2vec2 import EMBEDDING
 from jaxslim.slim import Outputs
 from jaxslim.spec import Spec, SpecError
@@ -103,7 +104,7 @@ class Attention(nnx.Module):
     def __call__(self, x, mask, call: L.Call, positions=None, rate=None):  # (B, T, D) -> (B, T, D)
         if self.mixer != "softmax":
             return recurrent.run(self, x, mask, call)
-        y = L.attention(*self.project(x, positions, rate), mask, self.scale, call, self.rate, causal=True)
+        y = attention(*self.project(x, positions, rate), mask, self.scale, call, self.rate, causal=True)
         return self.dense(y.reshape(*x.shape[:2], -1))
 
     def state(self, rows: int, places: int) -> Any:
@@ -119,7 +120,7 @@ class Attention(nnx.Module):
         q, k, v = self.project(x, positions, rate)
         k, v = (jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, 1)
                 for old, new in zip(state, (k, v), strict=True))
-        y = L.attention(q, k.astype(q.dtype), v.astype(q.dtype), seen, self.scale, L.Call())
+        y = attention(q, k.astype(q.dtype), v.astype(q.dtype), seen, self.scale, L.Call())
         return self.dense(y.reshape(*x.shape[:2], -1)), (k, v)
 
 

@@ -70,7 +70,7 @@ def recurrence(op: str, rows: int, frames: int, heads: int, groups: int, size: i
 
 
 def attention(q, k, v, mask, rate: float, bias, causal: bool) -> Callable | None:
-    """The kernel for layers.attention on these arguments, a function of the scale; None = the XLA version."""
+    """The kernel for attention.attention on these arguments, a function of the scale; None = the XLA version."""
     if not wanted("attention"):
         return None
     from jaxslim.models import attention_kernels as others

@@ -14,11 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxslim.models import kernels
-
-ATTENTION_BLOCK = 512  # query rows whose scores exist at the same time on CPU,
-CHUNK = 512            # frames of long audio that go through frame-wise layers at a time on CPU
-FEW_SCORES = 2**20     # unless there are no more of them than this
+CHUNK = 512   # frames of long audio that go through frame-wise layers at a time on CPU
 
 
 class Call(NamedTuple):
@@ -370,61 +366,3 @@ def to_chunks(x: jax.Array) -> jax.Array:
 def from_chunks(y: jax.Array, frames: int) -> jax.Array:
     """(chunks, B, frames of each, D) -> (B, frames, D)."""
     return jnp.moveaxis(y, 0, 1).reshape(y.shape[1], -1, y.shape[-1])[:, :frames]
-
-
-def attention(q, k, v, mask, scale: float, call: Call, rate: float = 0.0, bias: jax.Array | None = None,
-              causal: bool = False) -> jax.Array:
-    """Softmax attention. q (B, T, H, K), k (B, S, H, K), v (B, S, H, Kv), mask (B, [T,] S) -> (B, T, H, Kv).
-
-    `causal`: query t sees keys up to t, of as many (S = T). `bias` (B, H, T, S) is added to the scores, which then all
-    exist at once. Without it, on CPU, unless all scores are few, one head and ATTENTION_BLOCK queries at a time: the
-    scores stay in the cache and memory is linear in T. On TPU and GPU a kernel takes its place where the recorded table
-    says so (kernels.py).
-    """
-    if call.attention == "auto" and (kernel := kernels.attention(q, k, v, mask, call.key is not None and rate, bias,
-                                                                 causal)):
-        return kernel(scale)
-    few = FEW_SCORES if call.key is None else 4 * FEW_SCORES  # the gradient of the map is slower
-    whole = bias is not None or mask is not None and mask.ndim == 3
-    if whole or not call.on_cpu() or q[..., 0].size * k.shape[1] <= few:
-        scores = jnp.einsum("bthk,bshk->bhts", q * scale, k).astype(jnp.float32)
-        scores = scores if bias is None else scores + bias
-        if mask is not None:
-            seen = mask[:, None] if mask.ndim == 3 else mask[:, None, None]
-            scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
-        if causal:
-            scores = jnp.where(jnp.tril(jnp.ones(scores.shape[2:], bool)), scores, jnp.finfo(jnp.float32).min)
-        weights, total = _exponential(scores)
-        y = jnp.einsum("bhts,bshk->bthk", dropout(weights, rate, call, 0).astype(v.dtype), v)
-        return (y / jnp.swapaxes(total, 1, 2)).astype(v.dtype)
-    rows, length, heads, _ = q.shape
-    blocks = -(-length // ATTENTION_BLOCK)
-    size = -(-length // blocks)
-    q = jnp.pad(q * scale, ((0, 0), (0, blocks * size - length), (0, 0), (0, 0)))
-    q = q.reshape(rows, blocks, size, heads, -1).transpose(0, 3, 1, 2, 4).reshape(rows * heads, blocks, size, -1)
-    k, v = (x.transpose(0, 2, 1, 3).reshape(rows * heads, x.shape[1], -1) for x in (k, v))
-    bias = None if mask is None else jnp.repeat(jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min), heads, 0)
-
-    def head(x):
-        q, k, v, bias, i = x
-
-        def block(x):
-            q, j = x
-            scores = matmul(q, k).astype(jnp.float32)                                    # (size, S)
-            scores = scores if bias is None else scores + bias
-            if causal:
-                later = jnp.arange(k.shape[0]) > (j * size + jnp.arange(size))[:, None]
-                scores = jnp.where(later, jnp.finfo(jnp.float32).min, scores)
-            weights, total = _exponential(scores)
-            return (dropout(weights, rate, call.fold(i).fold(j), 0).astype(v.dtype) @ v / total).astype(v.dtype)
-
-        return jax.lax.map(jax.checkpoint(block) if blocks > 1 else block, (q, jnp.arange(blocks)))
-
-    y = jax.lax.map(head, (q, k, v, bias, jnp.arange(rows * heads)))                     # (B H, blocks, size, Kv)
-    return y.reshape(rows, heads, blocks * size, -1).transpose(0, 2, 1, 3)[:, :length]
-
-
-def _exponential(scores):
-    """exp(scores - max) and its sum over the last axis: softmax, with the division left for after the product."""
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    return weights, weights.sum(-1, keepdims=True)

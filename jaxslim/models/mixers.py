@@ -29,6 +29,7 @@ from flax import nnx
 
 from jaxslim.models import layers as L
 from jaxslim.models import recurrent, scan
+from jaxslim.models.attention import attention
 from jaxslim.models.roles import roles
 from jaxslim.spec import Attention as Fields
 from jaxslim.spec import Spec, SpecError
@@ -136,7 +137,7 @@ class Attention(nnx.Module):
             return self.join(y.astype(x.dtype))
         if self.mixer == "linformer":
             k, v, mask = *self.project(k, v, mask), None
-        return self.join(L.attention(q, k, v, mask, self.scale, call, self.rate))
+        return self.join(attention(q, k, v, mask, self.scale, call, self.rate))
 
     def project(self, k, v, mask) -> tuple[jax.Array, jax.Array]:
         """Linformer's mixtures of the frames: (B, S, H, K), (B, S, H, Kv) -> (B, R, H, K), (B, R, H, Kv)."""

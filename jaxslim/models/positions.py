@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxslim.models import layers as L
 from jaxslim.models import mixers
+from jaxslim.models.attention import attention
 from jaxslim.models.roles import roles
 from jaxslim.spec import Spec
 
@@ -72,7 +73,7 @@ class Attention(mixers.Attention):
         q, k, v = (getattr(self, name)(h).reshape(*x.shape[:2], self.heads, -1)                       # (B, T, H, K)
                    for name, h in zip(self.names, (z, z, x)))
         q, bias = self.bias(x, q, shared)
-        y = L.attention(q, k, v, mask, self.scale, call, self.rate, bias)
+        y = attention(q, k, v, mask, self.scale, call, self.rate, bias)
         return getattr(self, self.names[3])(y.reshape(*y.shape[:2], -1))
 
     def bias(self, x, q, shared):

@@ -6,6 +6,7 @@ from flax import nnx
 
 from jaxslim.models import adapters, heads, wav2vec2
 from jaxslim.models import layers as L
+from jaxslim.models.attention import attention
 from jaxslim.models.conformer import Transformer, eps
 from jaxslim.slim import Outputs
 from jaxslim.spec import Spec
@@ -78,7 +79,7 @@ class PlainAttention(nnx.Module):
 
     def __call__(self, x, mask, call: L.Call):
         q, k, v = (f(x).reshape(*x.shape[:2], self.count, -1) for f in (self.linear_q, self.linear_k, self.linear_v))
-        return self.linear_out(L.attention(q, k, v, mask, q.shape[-1] ** -0.5, call).reshape(x.shape))
+        return self.linear_out(attention(q, k, v, mask, q.shape[-1] ** -0.5, call).reshape(x.shape))
 
 
 class BertAdapter(nnx.Module):

@@ -34,8 +34,9 @@ def main() -> None:
     row = {"output": args.output, **{f"student_{k}": student[k] for k in KEYS if k in student},
            **{f"teacher_{k}": teacher[k] for k in KEYS if k in teacher},
            "macs_share": student["gmacs"] / teacher["gmacs"], "params_share": student["params"] / teacher["params"],
-           "student_bytes": sum(p.stat().st_size for p in weights), "train_seconds": sum(s["seconds"] for s in summary["stages"]),
-           "device": _cpu(), "threads": len(cpu_numbers()), "versions": _versions("jax", "flax")}
+           "student_bytes": sum(p.stat().st_size for p in weights),
+           "train_seconds": sum(s["seconds"] for s in summary["stages"]), "device": _cpu(),
+           "threads": len(cpu_numbers()), "versions": _versions("jax", "flax")}
     if "seconds_per_second" in student and "seconds_per_second" in teacher:
         row["time_share"] = student["seconds_per_second"] / teacher["seconds_per_second"]
         row["time_goal"] = 1 - 0.85 * (1 - row["macs_share"])  # of which 85 % should be seen as time

@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--remove", default="0.1,0.2,0.3,0.45,0.6")
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--seeds", default="0")
+    parser.add_argument("--logit-weight", type=float, default=LowRank.logit_weight, help="of the KL to the teacher")
     parser.add_argument("--train", default=DATA + "train")
     parser.add_argument("--general", default="")
     parser.add_argument("--model", default="bundled:wav2vec2-ctc-en")
@@ -105,6 +106,7 @@ def main() -> None:
     seeds = [int(s) for s in args.seeds.split(",")] if args.steps else [0]
     batches = training_batches(args.train, task, settings(1, 0), mesh)
     found = students(args.way, teacher, batches, tuple(float(r) for r in args.remove.split(",")))
+    mark = "" if args.logit_weight == LowRank.logit_weight else f"-kl{args.logit_weight:g}"
     rows, tests = [], {"target": DATA + "test"} | ({"general": args.general} if args.general else {})
     tasks = dict.fromkeys(tests, task)
     for on, length in zip(tests, args.max_length.split(",") if args.max_length else ()):
@@ -115,7 +117,7 @@ def main() -> None:
             model, began = start, time.monotonic()
             if args.steps:
                 cfg = settings(args.steps, seed)
-                method = LowRank(objective="task")
+                method = LowRank(objective="task", logit_weight=args.logit_weight)
                 method = method.control() if args.way == "control" else method
                 with tempfile.TemporaryDirectory() as folder:
                     model = loop.run(method, start, teacher, cfg, training_batches(args.train, task, cfg, mesh), folder,
@@ -123,7 +125,7 @@ def main() -> None:
             took = time.monotonic() - began
             got = {"recover_seconds": took}
             for on, data in tests.items():
-                out = args.predictions and args.predictions / f"{args.way}-{share:g}-{args.steps}-{seed}.{on}.jsonl"
+                out = args.predictions and args.predictions / f"{args.way}-{share:g}{mark}-{args.steps}-{seed}.{on}.jsonl"
                 got |= {f"{on}_{k}": v for k, v in score(model, data, task=tasks[on], predictions=out).items()}
             if teacher.spec.head == "ctc":
                 got |= {"agreement": frame_agreement(model, teacher, DATA + "test", task=task)}
@@ -132,9 +134,9 @@ def main() -> None:
                     scores.setdefault(k, []).append(float(v))
         beside = {}
         for on in tests if args.predictions else ():
-            beside |= beside_control(args.predictions, f"{args.way}-{share:g}", args.steps, seeds, on)
+            beside |= beside_control(args.predictions, f"{args.way}-{share:g}{mark}", args.steps, seeds, on)
         rows.append({"model": args.model, "normalize": args.normalize, "fingerprint": teacher.fingerprint,
-                     "way": args.way, "remove": share,
+                     "way": args.way, "remove": share, "logit_weight": args.logit_weight,
                      "steps": args.steps, "seeds": len(seeds), "params": cost.params(start.spec),
                      "gmacs": cost.macs(start.spec).total / 1e9, "compress_seconds": seconds,
                      **{k: float(np.mean(v)) for k, v in scores.items()}, **beside,

@@ -125,7 +125,8 @@ def main() -> None:
             took = time.monotonic() - began
             got = {"recover_seconds": took}
             for on, data in tests.items():
-                out = args.predictions and args.predictions / f"{args.way}-{share:g}{mark}-{args.steps}-{seed}.{on}.jsonl"
+                name = f"{args.way}-{share:g}{mark}-{args.steps}-{seed}.{on}.jsonl"
+                out = args.predictions and args.predictions / name
                 got |= {f"{on}_{k}": v for k, v in score(model, data, task=tasks[on], predictions=out).items()}
             if teacher.spec.head == "ctc":
                 got |= {"agreement": frame_agreement(model, teacher, DATA + "test", task=task)}

@@ -64,7 +64,7 @@ def students(way: str, teacher, batches, removes):
         return [(r, m, time.monotonic() - started) for r, m in zip(removes, models, strict=True)]
     for share, like in zip(removes, LowRank().compress(teacher, batches, removes), strict=True):
         target = cost.macs(like.spec).total / cost.macs(teacher.spec).total
-        method = Prune(target={"macs": target}, gates=("heads", "units"), select="magnitude")
+        method = Prune(target={"macs": target}, gates=("heads", "units"), blocks="^encoder", select="magnitude")
         out.append((share, method.start(teacher, batches, jax.random.key(0)), time.monotonic() - started))
     return out
 

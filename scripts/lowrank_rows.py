@@ -137,7 +137,8 @@ def main() -> None:
         for on in tests if args.predictions else ():
             beside |= beside_control(args.predictions, f"{args.way}-{share:g}{mark}", args.steps, seeds, on)
         rows.append({"model": args.model, "normalize": args.normalize, "fingerprint": teacher.fingerprint,
-                     "way": args.way, "remove": share, "logit_weight": args.logit_weight,
+                     "way": args.way, "remove": share,
+                     "logit_weight": 0.0 if args.way == "control" or not args.steps else args.logit_weight,
                      "steps": args.steps, "seeds": len(seeds), "params": cost.params(start.spec),
                      "gmacs": cost.macs(start.spec).total / 1e9, "compress_seconds": seconds,
                      **{k: float(np.mean(v)) for k, v in scores.items()}, **beside,

@@ -118,7 +118,7 @@ def jaxpr_macs(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> int:
     Raises:
       ValueError: a matrix product under `while` (no known trip count), or branches of `cond` that differ.
     """
-    return sum(times * _eqn_macs(eqn) for eqn, times in products(jaxpr))
+    return sum(times * eqn_macs(eqn) for eqn, times in products(jaxpr))
 
 
 def products(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> Iterator[tuple[core.JaxprEqn, int]]:
@@ -130,7 +130,7 @@ def products(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> Iterator[tuple[core.JaxprE
             continue
         inner = [list(products(j)) for j in _inner(eqn.params)]
         if name == "cond":
-            if len({sum(times * _eqn_macs(e) for e, times in branch) for branch in inner}) > 1:
+            if len({sum(times * eqn_macs(e) for e, times in branch) for branch in inner}) > 1:
                 raise ValueError("MACs: the work of a `cond` depends on data, so it cannot be counted.")
             inner = inner[:1]
         if name == "while" and any(inner):
@@ -139,7 +139,8 @@ def products(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> Iterator[tuple[core.JaxprE
             yield e, times * (eqn.params["length"] if name == "scan" else 1)
 
 
-def _eqn_macs(eqn: core.JaxprEqn) -> int:
+def eqn_macs(eqn: core.JaxprEqn) -> int:
+    """MACs of one dot_general or conv_general_dilated, run once."""
     lhs, rhs = (v.aval.shape for v in eqn.invars[:2])
     if eqn.primitive.name == "dot_general":
         (contract, _), _ = eqn.params["dimension_numbers"]

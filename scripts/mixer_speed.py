@@ -67,7 +67,7 @@ def alone(fn, args, repeats: int) -> tuple[float, int]:
         loop = product if times == 1 else lambda a, b, product=product: jax.lax.map(lambda x: product(*x), (a, b))
         operands = [draw(s if times == 1 else (times, *s), i) for i, s in enumerate(shapes)]
         total += count * medians({"": (jax.jit(loop), operands)}, repeats)[""][0]
-        macs += count * times * cost.jaxpr_macs(jax.make_jaxpr(product)(*map(draw, shapes)))
+        macs += count * times * cost.eqn_macs(eqn)
     return total, macs
 
 

@@ -16,9 +16,9 @@ def attention(q, k, v, mask, scale: float, call: L.Call, rate: float = 0.0, bias
     """Softmax attention. q (B, T, H, K), k (B, S, H, K), v (B, S, H, Kv), mask (B, [T,] S) -> (B, T, H, Kv).
 
     `causal`: query t sees keys up to t, of as many (S = T). `bias` (B, H, T, S) is added to the scores, which then all
-    exist at once. Without it, on CPU, unless all scores are few, one head and BLOCK queries at a time: the
-    scores stay in the cache and memory is linear in T. On TPU and GPU a kernel takes its place where the recorded table
-    says so (kernels.py).
+    exist at once. Without it, on CPU, unless all scores are few, one head and BLOCK queries at a time: the scores stay
+    in the cache and memory is linear in T. On TPU and GPU a kernel takes its place where the recorded table says so
+    (kernels.py).
     """
     if call.attention == "auto" and (kernel := kernels.attention(q, k, v, mask, call.key is not None and rate, bias,
                                                                  causal)):
@@ -49,7 +49,7 @@ def attention(q, k, v, mask, scale: float, call: L.Call, rate: float = 0.0, bias
 
         def block(x):
             q, j = x
-            scores = L.matmul(q, k).astype(jnp.float32)                                    # (size, S)
+            scores = L.matmul(q, k).astype(jnp.float32)                                  # (size, S)
             scores = scores if bias is None else scores + bias
             if causal:
                 later = jnp.arange(k.shape[0]) > (j * size + jnp.arange(size))[:, None]

@@ -31,6 +31,7 @@ PODS = {"v5e:4x4": "fsdp=16", "v5e:16x16": "data=16,fsdp=16", "v5p:4x4x4": "data
 # rows of 30 s per device: (model, step) -> by kind of chip
 ROWS = {("whisper-large-v3-encoder", "distill"): {"v5e": 4},
         ("wav2vec2-base", "ctc"): {"v5e": 8}, ("wav2vec2-base", "distill"): {"v5e": 8},
+        ("wav2vec2-base", "prune"): {"v5e": 8},
         ("wav2vec2-large", "ctc"): {"v5e": 4, "v5p": 16, "v6e": 8},
         ("wav2vec2-large", "distill"): {"v5e": 4, "v5p": 16, "v6e": 8},
         ("w2v-bert-2.0", "ctc"): {"v5e": 4, "v5p": 16, "v6e": 8},
@@ -40,7 +41,7 @@ ROWS = {("whisper-large-v3-encoder", "distill"): {"v5e": 4},
 def matrix() -> list[dict]:
     """Settings of every row, small and early ones first."""
     rows = [dict(model="wav2vec2-base", step=step, topology="v5e:4x4", mesh=mesh)
-            for step in ("ctc", "distill") for mesh in ("data=16", "fsdp=16")]
+            for step in ("ctc", "distill", "prune") for mesh in ("data=16", "fsdp=16")]
     rows += [dict(model="whisper-large-v3-encoder", step="distill", topology="v5e:4x4", mesh="fsdp=16")]
     rows += [dict(model=model, step=step, topology=pod, mesh=mesh) for pod, mesh in PODS.items()
              for model in ("wav2vec2-large", "w2v-bert-2.0") for step in ("ctc", "distill")]
@@ -75,13 +76,20 @@ def compile_row(row: dict) -> dict:
     frozen = ("feature_extractor",)  # the convolutions stay fixed, as in the recipes of the papers
     # an encoder has no task: four of its states, as in DPHuBERT
     distill = Prune(objective="distill", project=False) if whisper else Linearize(layers=(), logit_weight=1.0)
+    student = teacher
+    if row["step"] == "prune":  # gates and multipliers on layers of unequal widths, as in a second round
+        distill = Prune(target={"macs": 0.6}, objective="both", freeze=frozen)
+        for i in range(spec["num_hidden_layers"]):
+            spec = spec.with_block(f"encoder.{i}.attention", heads=list(range(12 - i % 3)))
+            spec = spec.with_block(f"encoder.{i}.ffn", units=3072 - 128 * i)
+        student = dryrun.shapes_of(distill.start(Slim(spec, dict(bind.shapes(spec))), None, jax.random.key(0)))
     method = Finetune(freeze=frozen) if row["step"] == "ctc" else distill
     batch = dryrun.audio_batch(spec, row["rows_per_device"] * M.shards(mesh), row["seconds"], 256)
     if whisper:
         batch["decoder_input_ids"] = jax.ShapeDtypeStruct((batch["labels"].shape[0], 1), np.int32)
     import importlib.metadata
 
-    found = dryrun.report(method, teacher, teacher if row["step"] == "distill" else None, cfg, batch, mesh,
+    found = dryrun.report(method, student, None if row["step"] == "ctc" else teacher, cfg, batch, mesh,
                           row["seconds"], row["topology"].split(":")[0])
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
     return {**row, **found, "mesh": row["mesh"], "jaxslim": __version__, **versions}

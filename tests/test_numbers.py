@@ -33,30 +33,34 @@ def ragged():
 
 
 def run(meshes=MESHES) -> dict:
-    """Losses of both methods on every mesh, how often the step compiled, its collectives, the table of shardings."""
+    """Losses of three methods on every mesh, how often the step compiled, its collectives, the table of shardings."""
     import jax
     from test_step import batch
 
     from jaxslim.config import Group, Train
     from jaxslim.methods.finetune import Finetune
     from jaxslim.methods.linearize import Linearize
+    from jaxslim.methods.prune import Prune
     from jaxslim.train import hlo
     from jaxslim.train import mesh as M
     from jaxslim.train import step as S
 
-    teacher, student = ragged()
+    teacher, pruned = ragged()
     # eps: without it Adam divides gradients that are 0 but for rounding by their own size
-    cfg = Train(groups={"main": Group(learning_rate=1e-3, warmup_steps=5, weight_decay=0.01, eps=1e-3)},
-                max_steps=STEPS)
+    main = {"main": Group(learning_rate=1e-3, warmup_steps=5, weight_decay=0.01, eps=1e-3)}
+    gates = {k: Group(learning_rate=0.2, schedule="constant") for k in ("gates", "multipliers")}
     batches = [batch(*lengths, seed=i) for i, lengths in enumerate(ROWS)]
     hosts, host = jax.process_count(), jax.process_index()
     result = {}
-    for name, method in (("ctc", Finetune()), ("distill", Linearize(layers=(), freeze_frontend=False))):
-        for text in meshes:
+    for name, method in (("ctc", Finetune()), ("distill", Linearize(layers=(), freeze_frontend=False)),
+                         ("prune", Prune(target={"macs": 0.7}, seconds=(0.1,), objective="both", ramp_steps=20))):
+        student = method.start(pruned, None, jax.random.key(0)) if name == "prune" else pruned
+        cfg = Train(groups=main | gates if name == "prune" else main, max_steps=STEPS)
+        for text in meshes if name != "prune" else [m for m in meshes if m != "fsdp=8"]:  # one compilation less
             mesh = M.make(text, jax.devices()[: 1 if text == "data=1" else 8])
             state, frozen, tx = S.init(method, student, cfg, mesh)
             step = S.make(method, student.spec, tx, cfg, state, mesh)
-            guide = teacher.replace(params=M.place(teacher.params, mesh)) if name == "distill" else None
+            guide = None if name == "ctc" else teacher.replace(params=M.place(teacher.params, mesh))
             losses, found = [], []
             for i in range(STEPS):
                 size = len(ROWS[0]) // hosts
@@ -118,11 +122,13 @@ def runs():
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("text", MESHES[1:])
-@pytest.mark.parametrize("method", ["ctc", "distill"])
+@pytest.mark.parametrize("method, text", [(m, t) for m in ("ctc", "distill", "prune") for t in MESHES[1:]
+                                          if (m, t) != ("prune", "fsdp=8")])
 def test_every_mesh_trains_alike(runs, method, text):
     one, many = runs[f"{method} data=1"], runs[f"{method} {text}"]
-    assert len(one["losses"]) == STEPS and one["losses"][-1]["loss"] < 0.8 * one["losses"][0]["loss"]
+    last, first = one["losses"][-1], one["losses"][0]
+    assert len(one["losses"]) == STEPS
+    assert last["loss/share.macs"] < 0.9 if method == "prune" else last["loss"] < 0.8 * first["loss"]
     for a, b in zip(one["losses"], many["losses"], strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         assert {k: v for k, v in b.items() if "loss" in k} == pytest.approx(

@@ -99,6 +99,32 @@ def chart(
     )
 
 
+STYLE = """
+:root { --ink: #1d1f24; --soft: #5c616b; --faint: #e4e2dc; --card: #ffffff; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e9e7e2; --soft: #a2a6ae; --faint: #2b2f36; --card: #1c1f24; } }
+.card { fill: var(--card); } text { fill: var(--soft); font: 13px system-ui, sans-serif; }
+.title { fill: var(--ink); font-weight: 600; font-size: 14px; } .grid { stroke: var(--faint); }
+.line { fill: none; stroke: var(--c); stroke-width: 2; } .dash { stroke-dasharray: 5 4; }
+.mark { fill: var(--c); stroke: var(--card); stroke-width: 1.2; }
+"""
+
+
+def document(picture: Markup, title: str, series: Sequence[Series]) -> str:
+    """A chart as an SVG file of its own: title above, a legend of two columns below, light and dark."""
+    rows = [(18 + 250 * (i % 2), HEIGHT + 52 + 20 * (i // 2), s) for i, s in enumerate(series)]
+    legend = Markup("").join(
+        Markup('<g style="--c:{}"><path class="line{}" d="M{} {}h22"/>{}<text x="{}" y="{}">{}</text></g>').format(
+            s.color, " dash" if s.dash else "", x, y - 4,
+            _mark(s.marker, x + 11, y - 4, s.name) if s.marker else "", x + 30, y, s.name)
+        for x, y, s in rows
+    )
+    inner = Markup('<svg y="30" width="{}" height="{}">{}</svg>').format(WIDTH, HEIGHT, picture)
+    height = HEIGHT + 44 + 20 * -(-len(series) // 2)
+    return Markup('<svg xmlns="http://www.w3.org/2000/svg" width="{0}" viewBox="0 0 {0} {1}"><style>{2}</style>'
+                  '<rect class="card" width="{0}" height="{1}"/><text class="title" x="18" y="22">{3}</text>{4}{5}'
+                  "</svg>\n").format(WIDTH, height, Markup(STYLE), title, inner, legend)
+
+
 def _usable(points, xlog, ylog) -> list[tuple[float, float]]:
     points = [
         (a, b)

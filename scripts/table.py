@@ -11,6 +11,9 @@ TABLE.yaml:
   relative:                                                                  # values added to the results
   - {name: vs_30s, of: seconds_per_second, to: {audio_seconds: 30}, by: [model, engine]}   # over another row's
   - {name: peak_per_second, of: peak_bytes, per: audio_seconds}                            # over another of its row
+  plots:                                                    # NAME-PLOT.svg: x and y are formats like the columns'
+  - {name: time, title: a line, x: "{audio_seconds}", y: "{steady_seconds}", xlabel: audio s, series: "(.*)-.*",
+     xlog: false, ylog: true}                               # rows whose ids have the same first group are one series
 
 A command prints one JSON object or a list of them (`--json` is appended for `jaxslim`); each becomes a result with the
 row's `id`, `command` and the date. A row is missing when no result has its id and command, or when a result's
@@ -35,7 +38,9 @@ import yaml
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MAIN = "import sys; from jaxslim.cli import main; sys.exit(main())"
-KEYS = {"name", "title", "notes", "rows", "columns", "relative"}
+KEYS = {"name", "title", "notes", "rows", "columns", "relative", "plots"}
+STYLES = [(color, marker) for marker in ("circle", "diamond") for color in (
+    "#2f62b0", "#c8501e", "#0c7f78", "#9a6b00", "#7a4ba0", "#a83a6b", "#6d727c", "#4f8a2a")]
 
 
 def read(path: str) -> dict[str, Any]:
@@ -124,6 +129,21 @@ def cell(form: str, result: dict[str, Any]) -> str:
         return "-"
 
 
+def plot(rule: dict[str, Any], results: list[dict]) -> str:
+    """The SVG file of one of `plots`; '' when no result has both values."""
+    from jaxslim import svg
+
+    points: dict[str, list] = {}
+    for r in results:
+        found, at = re.fullmatch(rule.get("series", "(.*)"), r["id"]), [cell(rule[axis], r) for axis in "xy"]
+        if found and "-" not in at:
+            points.setdefault(found[1], []).append(tuple(map(float, at)))
+    series = [svg.Series(name, sorted(p), *style) for (name, p), style in zip(points.items(), STYLES)]
+    picture = svg.chart(series, label=rule["title"], xlabel=rule["xlabel"], xlog=rule.get("xlog", False),
+                        ylog=rule.get("ylog", False))
+    return svg.document(picture, rule["title"], series) if picture else ""
+
+
 def markdown(spec: dict[str, Any], results: list[dict], source: str) -> str:
     """The table as GitHub markdown, with device, versions and commands below it."""
     for rule in spec.get("relative", []):
@@ -133,6 +153,7 @@ def markdown(spec: dict[str, Any], results: list[dict], source: str) -> str:
              f"[{spec['name']}.json]({spec['name']}.json).", "", "| " + " | ".join(columns) + " |",
              "|" + "|".join(" --- " for _ in columns) + "|"]
     lines += ["| " + " | ".join(cell(f, r) for f in columns.values()) + " |" for r in results]
+    lines += [line for p in spec.get("plots", []) for line in ("", f"![{p['title']}]({spec['name']}-{p['name']}.svg)")]
     failed = [f"- `{r['id']}`, {r.get('engine', '')} {r.get('audio_seconds', '')} s: {r['error']}"
               for r in results if "error" in r]
     used = sorted({f"- {r['device']}, {r.get('threads', '?')} threads; "
@@ -182,6 +203,8 @@ def main() -> int:
         if in_order:
             write(path, json.dumps(in_order, indent=1) + "\n")
             write(path.with_suffix(".md"), markdown(spec, in_order, source))
+            for rule in spec.get("plots", []):
+                write(path.with_name(f"{spec['name']}-{rule['name']}.svg"), plot(rule, in_order))
     return 1 if failed else 0
 
 

@@ -8,6 +8,7 @@ Takes libtpu (the `tpu` extra), no TPU, minutes a row on one core. Weights are s
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -57,7 +58,7 @@ def compile_row(row: dict) -> dict:
     from transformers import CONFIG_MAPPING
 
     from jaxslim import __version__
-    from jaxslim.config import Train
+    from jaxslim.config import Group, Train
     from jaxslim.methods.finetune import Finetune
     from jaxslim.methods.linearize import Linearize
     from jaxslim.methods.prune import Prune
@@ -82,6 +83,7 @@ def compile_row(row: dict) -> dict:
         for i in range(spec["num_hidden_layers"]):
             spec = spec.with_block(f"encoder.{i}.attention", heads=list(range(12 - i % 3)))
             spec = spec.with_block(f"encoder.{i}.ffn", units=3072 - 128 * i)
+        cfg = dataclasses.replace(cfg, groups={k: Group() for k in ("main", "gates", "multipliers")})
         student = dryrun.shapes_of(distill.start(Slim(spec, dict(bind.shapes(spec))), None, jax.random.key(0)))
     method = Finetune(freeze=frozen) if row["step"] == "ctc" else distill
     batch = dryrun.audio_batch(spec, row["rows_per_device"] * M.shards(mesh), row["seconds"], 256)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -147,7 +148,9 @@ def test_table_script_resumes(tmp_path):
         rows = "".join(f"- {{id: {i}, command: python {script} {i}}}\n" for i in ids)
         table.write_text(f"name: t\nrows:\n{rows}columns: {{s: '{{audio_seconds:g}}', MB: '{{peak_bytes:.1f/1e6}}', "
                          "x: '{twice:.1f}', no: '{none}'}\nrelative:\n"
-                         "- {name: twice, of: steady_seconds, to: {audio_seconds: 1.0}, by: [model]}\n")
+                         "- {name: twice, of: steady_seconds, to: {audio_seconds: 1.0}, by: [model]}\n"
+                         "plots:\n- {name: time, title: T < U, xlabel: s, x: '{audio_seconds}', "
+                         "y: '{steady_seconds}'}\n")
         return subprocess.run([sys.executable, ROOT / "scripts/table.py", table, "--results", tmp_path, *options],
                               capture_output=True, text=True, env=os.environ)
 
@@ -158,7 +161,10 @@ def test_table_script_resumes(tmp_path):
     assert run("ab").returncode == 0 and log.read_text() == "abc"    # nothing is missing
     assert run("ab", "--again", "b").returncode == 0 and log.read_text() == "abcb"
     lines = (tmp_path / "t.md").read_text().splitlines()
-    assert "| 4 | 12.0 | 4.0 | - |" in lines
+    assert "| 4 | 12.0 | 4.0 | - |" in lines and "![T < U](t-time.svg)" in lines
+    drawn = ElementTree.parse(tmp_path / "t-time.svg").getroot()     # XML, though the title has a <
+    names = [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert names[0] == "T < U" and names[-2:] == ["a", "b"]          # a series for each id
     stored = json.loads((tmp_path / "t.json").read_text())
     assert [r["id"] for r in stored] == ["a", "a", "b", "b"] and stored[0]["command"].endswith("measure.py a")
 

@@ -166,14 +166,25 @@ def test_groups_and_the_control():
 
 
 def test_states_that_are_distilled():
-    assert Prune().taps(pruned.model("wav2vec2").spec) == ("projection", "encoder.0", "encoder.1")
-    assert Prune(distill_layers=(2,)).taps(pruned.model("whisper").spec) == ("encoder.1", "decoder.1")
+    distill = Prune(objective="distill", project=False)
+    assert distill.taps(pruned.model("wav2vec2").spec) == ("projection", "encoder.0", "encoder.1")
+    last = dataclasses.replace(distill, distill_layers=(2,))
+    assert last.taps(pruned.model("whisper").spec) == ("encoder.1", "decoder.1")
     model = pruned.model("bert")
-    method = Prune(objective="distill", project=False)
-    assert method.taps(model.spec) == ("embedding", "encoder.0", "encoder.1")
-    batch = pruned.inputs(model.spec)
-    terms = jax.jit(lambda m: method.loss(m, method.targets(m, batch, None, 0), batch, None, 0))(model)
-    assert all(float(t.sum) == pytest.approx(0.0, abs=1e-3) for t in terms.values())
+    assert distill.taps(model.spec) == ("embedding", "encoder.0", "encoder.1")
+    for method in (distill, dataclasses.replace(distill, distance="channel_mse", logit_weight=0.5)):
+        batch = pruned.inputs(model.spec)
+        terms = jax.jit(lambda m: method.loss(m, method.targets(m, batch, None, 0), batch, None, 0))(model)  # noqa: B023
+        assert all(float(t.sum) == pytest.approx(0.0, abs=1e-3) for t in terms.values())
+    assert terms["kl"].weight == 0.5 and terms.keys() == {"embedding", "encoder.0", "encoder.1", "kl"}
+
+
+def test_the_teachers_outputs_beside_the_task():
+    method = Prune(logit_weight=2.0)
+    assert method.cacheable() and method.teacher_at(MODEL, 0) is MODEL and Prune().teacher_at(MODEL, 0) is None
+    other = MODEL.replace(params={k: 1.1 * v for k, v in MODEL.params.items()})
+    terms = method.loss(MODEL, method.targets(other, RAGGED, None, 0), RAGGED, None, 0)
+    assert terms.keys() == {"ctc", "unfit", "kl"} and float(terms["kl"].sum) > 0
 
 
 @pytest.mark.parametrize("select", ["magnitude", "random"])

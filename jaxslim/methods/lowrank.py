@@ -32,7 +32,7 @@ from jaxslim.config import ConfigError
 from jaxslim.methods import allocate, factor
 from jaxslim.methods.calibrate import Calibration, calibrate, place, require
 from jaxslim.methods.finetune import Finetune, stored_statistic, task
-from jaxslim.methods.recover import PARTS, add_lora, gap, layerwise, valid
+from jaxslim.methods.recover import PARTS, add_lora, gap, layerwise, logit_kl, valid
 from jaxslim.models import bind, roles
 from jaxslim.slim import Method, Slim, Term, inputs
 from jaxslim.spec import SpecError, kind
@@ -181,8 +181,7 @@ class LowRank(Method):
         out = student(key=key, **inputs(batch))
         terms = task(student, out, batch)
         if "logits" in targets:
-            two = [x[:, None] if x.ndim == 2 else x for x in (out.logits, targets["logits"])]
-            kl = losses.kl(*two, valid(out, batch), self.temperature)
+            kl = logit_kl(out, targets["logits"], batch, self.temperature)
             terms["kl"] = kl._replace(weight=self.logit_weight)
         return terms
 

@@ -30,6 +30,7 @@ import numpy as np
 from jaxslim import budget
 from jaxslim.dense import fold
 from jaxslim.methods.finetune import Finetune, stored_statistic, task
+from jaxslim.methods.recover import logit_kl
 from jaxslim.models import gates, layers, roles
 from jaxslim.slim import Method, Slim, Term, inputs
 from jaxslim.spec import GATES, Spec, SpecError, kind
@@ -58,6 +59,8 @@ class Prune(Method):
     objective: Literal["task", "distill", "both"] = "task"
     distill_layers: tuple[int, ...] = ()  # 0 = the projection, i = output of layer i; () = 0, L/3, 2L/3, L
     distill_weight: float = 1.0
+    distance: Literal[losses.DISTANCES] = "l1_cosine"  # of these states; DPHuBERT's. channel_mse for Whisper's
+    logit_weight: float = 0.0             # of the KL to the teacher's outputs, with any objective (ours)
     project: bool = True                  # DPHuBERT: a linear between student and teacher states, the identity at first
     freeze: tuple[str, ...] = ()          # regular expressions on parameter names
 
@@ -171,13 +174,14 @@ class Prune(Method):
     # ---- training ----
 
     def teacher_at(self, teacher: Slim, step: int) -> Slim | None:
-        return None if self.objective == "task" else teacher
+        return teacher if self.cacheable() else None
 
     def targets(self, teacher: Slim, batch, key, step) -> dict[str, jax.Array]:
-        return teacher(taps=self.taps(teacher.spec), **inputs(batch)).taps
+        out = teacher(taps=self.taps(teacher.spec), **inputs(batch))
+        return (out.taps or {}) | ({"logits": out.logits} if self.logit_weight else {})
 
     def loss(self, student: Slim, targets, batch, key, step) -> dict[str, Term]:
-        taps = self.taps(student.spec) if targets else ()
+        taps = self.taps(student.spec)
         out = student.replace(params={k: v for k, v in student.params.items() if not k.startswith("aux.")})(
             key=key, taps=taps, **inputs(batch))
         terms = task(student, out, batch) if self.objective != "distill" else {}
@@ -186,8 +190,10 @@ class Prune(Method):
             if self.project:
                 x = layers.matmul(x.astype(jnp.float32), student.params[f"{name}.weight"])
                 x = x + student.params[f"{name}.bias"]
-            distance = losses.hidden(x, targets[tap], _valid(tap, x, out, batch), "l1_cosine")
+            distance = losses.hidden(x, targets[tap], _valid(tap, x, out, batch), self.distance)
             terms[tap] = distance._replace(weight=self.distill_weight / len(taps))
+        if "logits" in targets:
+            terms["kl"] = logit_kl(out, targets["logits"], batch)._replace(weight=self.logit_weight)
         if gates.shapes(student.spec):
             terms |= self.lagrangian(student, step)
         return terms
@@ -207,6 +213,8 @@ class Prune(Method):
 
     def taps(self, spec: Spec) -> tuple[str, ...]:
         """States that are distilled."""
+        if self.objective == "task":
+            return ()
         first, chosen = "projection" if "projection" in roles.FAMILIES[spec.family].rest else "embedding", []
         for side in roles.FAMILIES[spec.family].layer:
             count = spec.of(side, "num_hidden_layers")
@@ -220,7 +228,7 @@ class Prune(Method):
         return not self.target or self.select != "learn"  # the best while pruning is the one pruned least
 
     def cacheable(self) -> bool:
-        return self.objective != "task"
+        return self.objective != "task" or self.logit_weight > 0  # it reads the teacher
 
     def labelled(self) -> bool:
         return self.objective != "distill"

@@ -11,6 +11,7 @@ from jaxslim.models import bind, layers
 from jaxslim.models.roles import prefix, roles
 from jaxslim.slim import Outputs, Slim, Term, inputs
 from jaxslim.spec import LINEARS, Spec, kind
+from jaxslim.train import losses
 
 PARTS = tuple(LINEARS)   # kinds of blocks that have linears to cut
 
@@ -68,6 +69,12 @@ def add_lora(model: Slim, rank: int, alpha: float, key) -> Slim:
                     if f"{names[role]}.weight" in model.params and f"{role}_rank" not in fields}
             placement |= {block: {"lora": lora}} if lora else {}
     return adapters.insert(model, placement, key)
+
+
+def logit_kl(out: Outputs, wanted: jax.Array, batch, temperature: float = 1.0) -> Term:
+    """KL of the outputs to a teacher's logits, (B, T, V) or one label a row (B, V)."""
+    two = [x[:, None] if x.ndim == 2 else x for x in (out.logits, wanted)]
+    return losses.kl(*two, valid(out, batch), temperature)
 
 
 def valid(out: Outputs, batch) -> jax.Array:

@@ -78,11 +78,11 @@ def compile_row(row: dict) -> dict:
     # an encoder has no task: four of its states, as in DPHuBERT
     distill = Prune(objective="distill", project=False) if whisper else Linearize(layers=(), logit_weight=1.0)
     student = teacher
-    if row["step"] == "prune":  # gates and multipliers on layers of unequal widths, as in a second round
+    if row["step"] == "prune":  # gates and multipliers on layers of three widths, as in a second round
         distill = Prune(target={"macs": 0.6}, objective="both", freeze=frozen)
         for i in range(spec["num_hidden_layers"]):
-            spec = spec.with_block(f"encoder.{i}.attention", heads=list(range(12 - i % 3)))
-            spec = spec.with_block(f"encoder.{i}.ffn", units=3072 - 128 * i)
+            spec = spec.with_block(f"encoder.{i}.attention", heads=list(range(12 - i // 4)))
+            spec = spec.with_block(f"encoder.{i}.ffn", units=3072 - 512 * (i // 4))
         cfg = dataclasses.replace(cfg, groups={k: Group() for k in ("main", "gates", "multipliers")})
         student = dryrun.shapes_of(distill.start(Slim(spec, dict(bind.shapes(spec))), None, jax.random.key(0)))
     method = Finetune(freeze=frozen) if row["step"] == "ctc" else distill

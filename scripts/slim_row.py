@@ -1,5 +1,5 @@
 """One flat JSON row of a recipe's run, for scripts/table.py: `jaxslim slim`, then the student's scores and the paired
-difference to a control that an earlier run trained.
+differences to the teacher and to a control that an earlier run trained.
 
     python scripts/slim_row.py configs/prune.yaml --output runs/t/macs06 --control runs/t/macs09 control=false KEY=VALUE
 
@@ -40,6 +40,9 @@ def main() -> None:
     if "seconds_per_second" in student and "seconds_per_second" in teacher:
         row["time_share"] = student["seconds_per_second"] / teacher["seconds_per_second"]
         row["time_goal"] = 1 - 0.85 * (1 - row["macs_share"])  # of which 85 % should be seen as time
+    if "wer" in student:
+        row |= {f"over_teacher_{k}": v for k, v in (versus.paired(*(
+            versus.read(args.output, role) for role in ("student", "teacher"))) or {}).items()}
     control = json.loads((other / "summary.json").read_text()).get("control")
     if control and "wer" in control and "wer" in student:
         row["control_wer"] = control["wer"]

@@ -177,3 +177,14 @@ def test_shipped_tables_are_read():
         sys.path.remove(str(ROOT / "scripts"))
     for path in (ROOT / "configs/tables").glob("*.yaml"):
         table.read(str(path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["ctc", "distill"])
+def test_training_steps_beside_pytorch(step):
+    command = [sys.executable, ROOT / "scripts/step_speed.py", "--step", step, "--layers", "1", "--seconds", "1",
+               "--batch-size", "1", "--repeats", "1", "--dtype", "float32", "--engines", "jaxslim,torch"]
+    found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    assert [r["engine"] for r in found] == ["jaxslim", "torch"] and found[0]["model_flops"] > 1e9
+    assert all(r["step_seconds"] > 0 and r["peak_bytes"] > 1e8 and 0 < r["loss"] < 1e3 for r in found)
+    assert found[0]["vs_torch"] == pytest.approx(found[1]["step_seconds"] / found[0]["step_seconds"])

@@ -18,16 +18,16 @@ import subprocess
 import sys
 import time
 
-LARGE = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
-             feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True)
-MODELS = {"wav2vec2-base": {}, "wav2vec2-large": LARGE}
+MODELS = ("wav2vec2-base", "wav2vec2-large-lv60")  # of jaxslim.shapes
 TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "V100": 125}  # dense, by data sheets
 LABELS = 256
 
 
 def config(args) -> dict:
+    from jaxslim.shapes import SHAPES
+
     quiet = dict(mask_time_prob=0.0, layerdrop=0.0, vocab_size=32, ctc_loss_reduction="mean", ctc_zero_infinity=True)
-    return quiet | MODELS[args.model] | ({"num_hidden_layers": args.layers} if args.layers else {})
+    return quiet | SHAPES[args.model][2] | ({"num_hidden_layers": args.layers} if args.layers else {})
 
 
 def rows(args) -> dict:

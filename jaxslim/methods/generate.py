@@ -52,8 +52,7 @@ class Generate(Method):
     ffn: int = 0                          # layers: units of the feed-forward blocks, 0 = 4 width
     forcing: Literal["teacher", "mixed", "free"] = "teacher"   # what a generated layer reads in training
     ramp_steps: int = 100                 # mixed: steps until all layers read what was generated
-    distance: Literal["l1_log_sigmoid", "l1_cosine", "l1", "mse", "ln_mse", "cosine", "log_sigmoid", "gram",
-                      "cka"] = "l1_log_sigmoid"
+    distance: Literal[losses.DISTANCES + ("gram", "cka")] = "l1_log_sigmoid"   # channel_mse for Whisper's states
     normalize: bool = False               # targets without mean and scale of their channels
     target_weights: tuple[float, ...] = ()   # of each target; () = equal
     gram_weight: float = 0.0              # STaR's term beside the distance

@@ -44,6 +44,9 @@ def main() -> None:
             row |= {f"{who}_{k}": r[k] for k in ("seconds_per_second", "peak_bytes", "min_seconds")}
         row["time_share"] = row["student_seconds_per_second"] / row["teacher_seconds_per_second"]
         row["time_goal"] = 1 - 0.85 * (1 - row["macs_share"])  # of which 85 % should be seen as time
+        timed = {(r["role"], r["audio_seconds"]): r["steady_seconds"] for r in json.loads(
+            pathlib.Path(args.output, "speed.json").read_text()) if "steady_seconds" in r}
+        row |= {f"time_share_{s:g}": t / timed["teacher", s] for (who, s), t in timed.items() if who == "student"}
     if "wer" in student:
         row |= {f"over_teacher_{k}": v for k, v in (versus.paired(*(
             versus.read(args.output, role) for role in ("student", "teacher"))) or {}).items()}

@@ -32,7 +32,7 @@ PODS = {"v5e:4x4": "fsdp=16", "v5e:16x16": "data=16,fsdp=16", "v5p:4x4x4": "data
 # rows of 30 s per device: (model, step) -> by kind of chip
 ROWS = {("whisper-large-v3-encoder", "distill"): {"v5e": 4},
         ("wav2vec2-base", "ctc"): {"v5e": 8}, ("wav2vec2-base", "distill"): {"v5e": 8},
-        ("wav2vec2-base", "prune"): {"v5e": 8},
+        ("wav2vec2-base", "prune"): {"v5e": 8, "v5p": 16, "v6e": 16},
         ("wav2vec2-large", "ctc"): {"v5e": 4, "v5p": 16, "v6e": 8},
         ("wav2vec2-large", "distill"): {"v5e": 4, "v5p": 16, "v6e": 8},
         ("w2v-bert-2.0", "ctc"): {"v5e": 4, "v5p": 16, "v6e": 8},
@@ -43,6 +43,7 @@ def matrix() -> list[dict]:
     """Settings of every row, small and early ones first."""
     rows = [dict(model="wav2vec2-base", step=step, topology="v5e:4x4", mesh=mesh)
             for step in ("ctc", "distill", "prune") for mesh in ("data=16", "fsdp=16")]
+    rows += [dict(model="wav2vec2-base", step="prune", topology=pod, mesh=mesh) for pod, mesh in list(PODS.items())[1:]]
     rows += [dict(model="whisper-large-v3-encoder", step="distill", topology="v5e:4x4", mesh="fsdp=16")]
     rows += [dict(model=model, step=step, topology=pod, mesh=mesh) for pod, mesh in PODS.items()
              for model in ("wav2vec2-large", "w2v-bert-2.0") for step in ("ctc", "distill")]

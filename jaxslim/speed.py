@@ -94,6 +94,19 @@ def bench(model: Any, *, seconds: Iterable[float] = (1, 10, 60), batch: int = 1,
     return rows
 
 
+def beside(student: str, teacher: str, *, seconds: float = 10.0, repeats: int = 9,
+           progress: Callable[[str], None] | None = None) -> dict[str, float]:
+    """Both in turn, batch 1: `student_` and `teacher_` with seconds_per_second, min_seconds and peak_bytes, and
+    `time_share`, the student's median over the teacher's. What could not be measured is left out."""
+    out: dict[str, float] = {}
+    for row in bench(student, seconds=(seconds,), repeats=repeats, baseline=teacher, progress=progress):
+        role = "student" if row["model"] == student else "teacher"
+        out |= {f"{role}_{k}": row[k] for k in ("seconds_per_second", "min_seconds", "peak_bytes") if k in row}
+    if {"student_seconds_per_second", "teacher_seconds_per_second"} <= out.keys():
+        out["time_share"] = out["student_seconds_per_second"] / out["teacher_seconds_per_second"]
+    return out
+
+
 def _side_by_side(jobs: list[dict], repeats: int, budget: float, progress) -> list[dict[str, Any]]:
     """Rows of several jobs of the same length: each set up alone, then timed in turn."""
     rows, times, workers = [], [[] for _ in jobs], {}

@@ -57,13 +57,7 @@ def main() -> None:
     teacher, spec = summary["teacher"]["path"], hub.load(folder).spec
     whole = len(spec.generator.targets) if spec.generator else 0
     trained = sum(s["seconds"] for s in list(stages.values())[: list(stages).index(args.stage or list(stages)[-1]) + 1])
-    timed = {}
-    if not args.no_bench:
-        for measured in speed.bench(folder, seconds=(10.0,), repeats=5, baseline=teacher, progress=logging.info):
-            who = "student" if measured["model"] == folder else "teacher"
-            timed |= {f"{who}_{k}": measured[k] for k in ("seconds_per_second", "peak_bytes") if k in measured}
-        if {"student_seconds_per_second", "teacher_seconds_per_second"} <= timed.keys():
-            timed["time_share"] = timed["student_seconds_per_second"] / timed["teacher_seconds_per_second"]
+    timed = {} if args.no_bench else speed.beside(folder, teacher, repeats=5, progress=logging.info)
     rows = []
     for layers in range(1, whole + 1) if args.every and whole else [whole]:
         result = superb.evaluate(folder, teacher=teacher, output=args.suite_output, options=superb.options(args.suite),

@@ -39,14 +39,14 @@ def main() -> None:
            "threads": len(cpu_numbers()), "versions": _versions("jax", "flax")}
     if "seconds_per_second" in student and "seconds_per_second" in teacher:
         final = str(pathlib.Path(args.output, student["path"]))  # again, by more calls: shares are close
-        for r in speed.bench(teacher["path"], seconds=(10.0,), repeats=25, baseline=final, progress=logging.info):
-            who = "student" if r["model"] == final else "teacher"
-            row |= {f"{who}_{k}": r[k] for k in ("seconds_per_second", "peak_bytes", "min_seconds")}
-        row["time_share"] = row["student_seconds_per_second"] / row["teacher_seconds_per_second"]
+        row |= speed.beside(final, teacher["path"], repeats=25, progress=logging.info)
+        measured = json.loads(pathlib.Path(args.output, "speed.json").read_text())
+        at = {role: {r["audio_seconds"]: r["steady_seconds"] for r in measured if r["role"] == role and
+                     "steady_seconds" in r} for role in ("student", "teacher")}
+        row |= {f"time_share_{s:g}": t / at["teacher"][s] for s, t in at["student"].items()
+                if s in at["teacher"] and s != 10}
+    if "time_share" in row:
         row["time_goal"] = 1 - 0.85 * (1 - row["macs_share"])  # of which 85 % should be seen as time
-        timed = {(r["role"], r["audio_seconds"]): r["steady_seconds"] for r in json.loads(
-            pathlib.Path(args.output, "speed.json").read_text()) if "steady_seconds" in r}
-        row |= {f"time_share_{s:g}": t / timed["teacher", s] for (who, s), t in timed.items() if who == "student"}
     if "wer" in student:
         row |= {f"over_teacher_{k}": v for k, v in (versus.paired(*(
             versus.read(args.output, role) for role in ("student", "teacher"))) or {}).items()}

@@ -136,6 +136,17 @@ def test_a_dead_worker_is_a_row_with_an_error(monkeypatch):
     assert speed.table([row]).row_count == 1
 
 
+def test_student_beside_teacher(monkeypatch):
+    good = {"seconds_per_second": 2.0, "min_seconds": 1.5, "peak_bytes": 7, "runs": 3}
+    rows = [{"model": "s", **good, "seconds_per_second": 1.0}, {"model": "t", **good}]
+    monkeypatch.setattr(speed, "bench", lambda *args, **kwargs: rows)
+    assert speed.beside("s", "t") == {
+        "student_seconds_per_second": 1.0, "student_min_seconds": 1.5, "student_peak_bytes": 7,
+        "teacher_seconds_per_second": 2.0, "teacher_min_seconds": 1.5, "teacher_peak_bytes": 7, "time_share": 0.5}
+    rows[1] = {"model": "t", "error": "killed"}
+    assert speed.beside("s", "t").keys() == {"student_seconds_per_second", "student_min_seconds", "student_peak_bytes"}
+
+
 def test_table_script_resumes(tmp_path):
     log = tmp_path / "log"
     results = [{"model": "m", "audio_seconds": s, "steady_seconds": s / 2, "peak_bytes": 3e6 * s} for s in (1.0, 4.0)]

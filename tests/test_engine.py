@@ -88,6 +88,21 @@ def test_parts_of_one_collective_count_once():
     assert found == {"all-gather": {"count": 2, "bytes": 2 * 64 * 64 * 2}}
 
 
+def test_a_fused_reduce_scatter():
+    """As for a TPU v5p: fusions of an all-reduce and slices, all on one channel; groups as a part of the mesh."""
+    groups = "mesh['axis_0'=16,'axis_1'=1,'axis_2'=4], device_ids=([4,16]T(1,0)) {'axis_0'}"
+    part = ("%all-reduce-scatter.{0} (p: bf16[64,32]) -> bf16[4,32] {{\n  %p = bf16[64,32] parameter(0)\n"
+            "  %ar{0} = bf16[64,32] all-reduce(%p), channel_id=1, replica_groups={1}, to_apply=%add\n"
+            "  %at = u32[] constant(0)\n"
+            "  ROOT %ds{0} = bf16[4,32] dynamic-slice(%ar{0}, %at, %at), dynamic_slice_sizes={{4,32}}\n}}\n\n")
+    text = "".join(part.format(i, groups) for i in (1, 2))
+    text += "ENTRY %main (a: bf16[64,32]) -> bf16[4,32] {\n  %a = bf16[64,32] parameter(0)\n" + "".join(
+        f"  %f{i} = bf16[4,32] fusion(%a), kind=kCustom, calls=%all-reduce-scatter.{i}\n" for i in (1, 2)) + "}\n"
+    found = hlo.collectives(hlo.Module.parse(text))
+    assert hlo.by_kind(found) == {"reduce-scatter": {"count": 2, "bytes": 2 * 64 * 32 * 2}}
+    assert [c.group for c in found] == [16, 16]
+
+
 def test_equal_layers_in_a_loop():
     """WavLM's first layer differs from the rest, and so does a pruned one."""
     spec = tiny.slim(tiny.config("wavlm", num_hidden_layers=4)).spec

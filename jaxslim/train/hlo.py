@@ -111,15 +111,20 @@ class Collective(NamedTuple):
 
 def collectives(module: Module) -> list[Collective]:
     """The collectives of a step, asynchronous ones once: the TPU's compiler writes parts of one, with one channel, into
-    several fusions that it runs meanwhile."""
+    several fusions that it runs meanwhile. Its reduce-scatter of several arrays is a fusion of an all-reduce and
+    slices, every such fusion with the same channel."""
     out, seen = [], set()
-    for i, _, times in module.running():
+    slicing = {id(body) for name, body in module.bodies.items() if name.startswith("all-reduce-scatter")}
+    for i, body, times in module.running():
         kind, channel = i.kind.removesuffix("-start"), re.search(r"channel_id=(\d+)", i.rest)
-        which = kind, channel[1] if channel else i.name
+        scatters = kind == "all-reduce" and id(body) in slicing
+        which = kind, channel[1] if channel and not scatters else i.name
         if kind in COLLECTIVES and which not in seen:
             seen.add(which)
             group, sizes = _group(i.rest), [s.bytes for s in i.shapes]
-            if i.kind.endswith("-start") and kind != "all-reduce":  # (operands, results, ...)
+            if scatters:
+                kind = "reduce-scatter"
+            elif i.kind.endswith("-start") and kind != "all-reduce":  # (operands, results, ...)
                 sizes = [max(sizes)]
             elif kind == "reduce-scatter":
                 sizes = [s * group for s in sizes]
@@ -262,7 +267,7 @@ def _group(rest: str) -> int:
         return int(found[2])
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
         return len(found[1].split(","))
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(.*?\))? \{([^}]*)\}", rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
         parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])  # 'axis', or 'axis':(before)part
         return math.prod(int(part or sizes[axis]) for axis, part in parts)

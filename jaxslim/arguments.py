@@ -108,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--top-k", type=int, default=50, help="draw from so many most probable tokens, 0 = all (default 50)")
     p.add_argument("--top-p", type=float, default=1.0, help="and from those that have this probability (default 1)")
     p.add_argument("--seed", type=int, default=0)
-    p = command("eval", does.eval_, "word error rate of a speech model on DATA, accuracy of a text classifier, bits "
+    p = command("eval", does.eval_, "word error rate of a speech model on DATA, accuracy of a classifier, bits "
                 "per character of a language model")
     p.add_argument("model")
     p.add_argument("--data")

@@ -163,6 +163,7 @@ class Run(Train):
     # data: a new head for the characters of the training texts. Of a new language model: model or data: their
     # characters; bytes; or the name or folder of a model with a tokenizer.json
     vocabulary: str = "model"
+    labels: str = "model"                      # data: a new classification head for the labels of the training data
     model_config: dict[str, Any] = dataclasses.field(default_factory=dict)  # changed keys: {hidden_dropout: 0.1}
     data: Data = Data()
     output_dir: str = ""

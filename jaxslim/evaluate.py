@@ -2,7 +2,7 @@
 
 Models with a CTC head decode greedily: the argmax runs on the device, collapsing and scoring on the host; one
 executable per bucket shape, kept between calls. Whisper decodes as `generate` does, with the options of its
-generation_config.json. Text classifiers are scored by classify.py, language models by perplexity.py.
+generation_config.json. Classifiers are scored by classify.py, language models by perplexity.py.
 
 Padding. Models whose processor says `return_attention_mask: true` get the mask, and padding changes nothing. Models
 without (group-norm base models) were trained on bare audio: each clip runs alone at its exact length, as the pipeline
@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from jaxslim.data import Batches, CausalTask, DataError, Rows, TextTask, load_rows, suggest_buckets, task_of
+from jaxslim.data import Batches, CausalTask, Classes, DataError, Rows, load_rows, suggest_buckets, task_of
 from jaxslim.decode import Greedy, decoder, long_enough, single
 from jaxslim.score import Result, bootstrap, paired_bootstrap, score
 from jaxslim.slim import Slim
@@ -46,7 +46,7 @@ def resolve(model: Slim | str, data, task, source, limit, language=None, heads=(
             adapted = language and hub.read_config(model).get("adapter_attn_dim")  # MMS: a language is a part of it
             model = hub.load(model, language=language if adapted else None)
         task = task or task_of(model.spec, hub.folder(source), language)
-    if model.spec.head not in heads and not (isinstance(task, TextTask) and "classification" in heads):
+    if model.spec.head not in heads:
         raise ValueError(f"This {model.spec.family} model has the head {model.spec.head!r}; needed is "
                          f"{' or '.join(map(repr, heads))}.")
     return model, load_rows(data, limit=limit), task
@@ -139,8 +139,8 @@ def evaluate(model: Slim | str, data: str | Rows, *, task: Any = None, source: s
              dtype: Any = None, limit: int | None = None, normalize: str = "none", max_skipped: float = 0.05,
              predictions: str | os.PathLike | None = None, mesh: Any = None,
              language: str | None = None, beam: Any = None, progress: bool = True) -> Result:  # fmt: skip
-    """WER of a speech model on DATA, by greedy CTC decoding or with its decoder; accuracy of a text classifier; bits
-    per character of a language model.
+    """WER of a speech model on DATA, by greedy CTC decoding or with its decoder; accuracy of a classifier; bits per
+    character of a language model.
 
     Args:
       model: a Slim, or whatever hub.load reads.
@@ -158,16 +158,16 @@ def evaluate(model: Slim | str, data: str | Rows, *, task: Any = None, source: s
       language: of a Whisper or MMS model; None: Whisper finds out itself, MMS speaks the one that is stored.
       beam: of CTC models, a `beam.Search` instead of greedy decoding.
     Returns:
-      of a text classifier what `classify` returns, of a language model what `perplexity.bits` returns; else
+      of a classifier what `classify` returns, of a language model what `perplexity.bits` returns; else
       the keys of `score`, and audio_seconds, seconds (forward and decoding; compiling and reading audio not
       included), rtfx = audio_seconds / seconds, compile_seconds, frames, padding, skipped (how many rows), fingerprint.
     """
     model, rows, task = resolve(model, data, task, source, limit, language,
                                 ("ctc", "seq2seq", "classification", "causal"))
-    if isinstance(task, TextTask):
+    if isinstance(task, Classes):
         from jaxslim.classify import classify
 
-        return classify(model, rows, task, batch_size, dtype, max_skipped, predictions, mesh)
+        return classify(model, rows, task, batch_size, dtype, max_skipped, predictions, mesh, batch_seconds, buckets)
     if isinstance(task, CausalTask):
         from jaxslim.perplexity import bits
 

@@ -322,7 +322,8 @@ def training_batches(data: str, task, cfg: Train, mesh, labelled: bool = True) -
             rows = load_rows(data)
             if cfg.join_seconds:
                 rows = joined(rows, cfg.join_seconds, cfg.seed)
-            batches = Batches(rows, task, labels=labels or all(rows.column("text")), **common)
+            column = rows.column(getattr(task, "column", "text"))
+            batches = Batches(rows, task, labels=labels or all(x not in (None, "") for x in column), **common)
     log.info(batches.summary)
     return batches
 
@@ -362,6 +363,10 @@ def source(cfg: config.Run, folder) -> str:
     """Name of the model that `cfg` starts from; one that does not exist yet is made in `folder`."""
     if not isinstance(cfg.model, str):
         return scratch.create(cfg.model, folder, cfg.data.train, cfg.seed, cfg.vocabulary)
+    if cfg.labels not in ("model", "data"):
+        raise ConfigError(f"labels {cfg.labels!r}: model, or data for a new classification head.")
+    if cfg.labels == "data":
+        return scratch.with_labels(cfg.model, folder, cfg.data.train, cfg.seed)
     if cfg.vocabulary not in ("model", "data"):
         raise ConfigError(f"vocabulary {cfg.vocabulary!r}: model, or data for a new head; others are for new language "
                           "models (model: {model_type: gpt_neox, ...}).")

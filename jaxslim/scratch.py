@@ -1,4 +1,5 @@
-"""Models that do not exist yet: random weights for a config (training from scratch), a new head for a new vocabulary.
+"""Models that do not exist yet: random weights for a config (training from scratch), a new head for a new vocabulary
+or for other classes.
 
 Both are written as an ordinary Hugging Face folder first, so that a run that is resumed starts from the same weights.
 """
@@ -6,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +25,10 @@ from jaxslim.slim import Slim
 from jaxslim.spec import Spec, nearest
 
 MELS = ("wav2vec2-bert",)       # families that read log-mel features
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json",
+             "merges.txt")
+HEAD = re.compile(r"^(lm_head|classifier|projector)\.")
 
 
 def create(config: Mapping[str, Any], folder, data: str, seed: int, vocabulary_of: str = "model") -> str:
@@ -61,14 +67,42 @@ def with_vocabulary(model: str, folder, data: str, seed: int) -> str:
         old, source = hub.load(model), hub.folder(model)
         if not (folder / "vocab.json").exists():
             vocabulary(data, folder)
-        for name in ("preprocessor_config.json", "processor_config.json"):
-            if (source / name).exists():
-                (folder / name).write_text((source / name).read_text())
+        _copy(source, folder, PROCESSORS)
         config = dict(old.spec.config) | {"vocab_size": len(_vocabulary(folder)), "pad_token_id": 0,
                                           "bos_token_id": 1, "eos_token_id": 2}
         spec = Spec(config, old.spec.family, "ctc", old.spec.blocks)
         new = initial(spec, seed)
         kept = {k: v for k, v in old.params.items() if k in new and np.shape(v) == new[k].shape and "lm_head" not in k}
+        _write(Slim(spec, new | kept), folder)
+    _wait()
+    return str(folder)
+
+
+def with_labels(model: str, folder, data: str, seed: int) -> str:
+    """The model of that name with a new, random classification head for the labels in `data`. Returns the folder.
+
+    Raises:
+      ConfigError: fewer than two labels.
+    """
+    folder = epath.Path(folder)
+    if (folder / "config.json").exists():
+        return str(folder)
+    if jax.process_index() == 0:
+        old, source = hub.load(model), hub.folder(model)
+        names = sorted({str(x) for x in load_rows(data).column("label") if x not in (None, "")})
+        if len(names) < 2:
+            raise ConfigError(f"labels: data: {data} has {len(names)} different values in the column `label`; at least "
+                              "two are needed.")
+        folder.mkdir(parents=True, exist_ok=True)
+        _copy(source, folder, TOKENIZER if bind.FAMILIES[old.spec.family] == "bert" else PROCESSORS)
+        classes = {"id2label": {str(i): x for i, x in enumerate(names)},
+                   "label2id": {x: i for i, x in enumerate(names)}}
+        config = {k: v for k, v in old.spec.config.items() if k not in ("architectures", "num_labels")} | classes
+        spec = old.spec.replace(config=config, head="classification")
+        new = initial(spec, seed)
+        bare = {k.partition(".")[2]: k for k in new}    # an encoder without head has no prefix
+        inner = {k if k in new else bare.get(k): v for k, v in old.params.items()}
+        kept = {k: v for k, v in inner.items() if k in new and np.shape(v) == new[k].shape and not HEAD.match(k)}
         _write(Slim(spec, new | kept), folder)
     _wait()
     return str(folder)
@@ -150,6 +184,12 @@ def _processor(spec: Spec) -> dict[str, Any]:
                 "padding_side": "right"}
     return {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "sampling_rate": 16000, "do_normalize": True,
             "feature_size": 1, "padding_value": 0.0, "return_attention_mask": True}
+
+
+def _copy(source, folder, names) -> None:
+    for name in names:
+        if (source / name).exists():
+            (folder / name).write_text((source / name).read_text())
 
 
 def _write(model: Slim, folder: epath.Path) -> None:

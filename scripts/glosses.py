@@ -48,8 +48,8 @@ def places() -> tuple[dict[str, str], pathlib.Path]:
 def training(steps: int, seed: int, **more) -> dict:
     group = {"learning_rate": 1e-4, "warmup_steps": max(round(0.06 * steps), 1)}
     return {"max_steps": steps, "per_device_train_batch_size": 32, "max_grad_norm": 0.0, "seed": seed,
-            "buckets": [10, 16, 22, 30, 48, 128], "groups": {"main": group, "teacher": group}, "logging_steps": 50,
-            "save_steps": 500, **more}
+            "buckets": [10, 16, 22, 30, 48, 128], "prng": "hash", "groups": {"main": group, "teacher": group},
+            "logging_steps": 50, "save_steps": 500, **more}
 
 
 def teacher(steps: int) -> dict:

@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import remote
+import soundfile
 
 from jaxslim import hub, recipe, scratch
 from jaxslim.config import ConfigError
@@ -74,6 +75,39 @@ def test_a_new_vocabulary(small, tmp_path):
             np.testing.assert_array_equal(value, old.params[name])
     vocabulary = json.loads((tmp_path / "run" / "final" / "vocab.json").read_text())
     assert set("abcdef") <= set(vocabulary)
+
+
+def test_a_classifier_of_clips(small, tmp_path, capsys):
+    """A new head for the labels of the data; it learns, `jaxslim eval` scores it, transformers opens it."""
+    from jaxslim import cli
+
+    rng, lines = np.random.default_rng(0), []
+    for i in range(24):
+        wave = np.sin(2 * np.pi * (300 if i % 2 else 2000) * np.arange(1900) / 16000 + rng.uniform(0, 6))
+        (tmp_path / f"{i}.wav").write_bytes(L.wav_bytes(0.3 * wave + 0.01 * rng.standard_normal(1900)))
+        lines.append(json.dumps({"id": f"{i}", "audio": f"{i}.wav", "label": "low" if i % 2 else "high"}))
+    (tmp_path / "tones.jsonl").write_text("\n".join([*lines, json.dumps({"id": "odd", "audio": "0.wav"})]))
+    data = str(tmp_path / "tones.jsonl")
+    model = recipe.train(config(tmp_path, small, model=small["model"], labels="data", max_steps=40, eval_steps=20,
+                                per_device_train_batch_size=8, data={"train": data, "validation": data},
+                                groups={"main": {"learning_rate": 3e-3}}))
+    assert model.spec["id2label"] == {"0": "high", "1": "low"} and "lm_head.weight" not in model.params
+    first, old = hub.load(tmp_path / "run" / "initial"), hub.load(small["model"])
+    np.testing.assert_array_equal(first.params["wav2vec2.encoder.layer_norm.weight"],
+                                  old.params["wav2vec2.encoder.layer_norm.weight"])
+    final = str(tmp_path / "run" / "final")
+    assert cli.main(["eval", final, "--data", data, "--predictions", str(tmp_path / "said.jsonl"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["accuracy"] > 0.9 and result["n"] == 24 and result["skipped"] == 1
+    said = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    theirs = transformers.pipeline("audio-classification", final)
+    assert isinstance(theirs.model, torch.nn.Module)
+    for row in said[:4]:
+        wave = soundfile.read(tmp_path / f"{row['id']}.wav")[0]
+        assert theirs({"raw": wave, "sampling_rate": 16000})[0]["label"] == row["pred_text"]
+    with pytest.raises(ConfigError, match="0 different values in the column `label`"):
+        recipe.train(config(tmp_path, small, model=small["model"], labels="data", output_dir=str(tmp_path / "other")))
 
 
 @pytest.mark.parametrize("change, message", [

@@ -171,7 +171,7 @@ def test_wrong_files_are_named(folders, tmp_path):
     with pytest.raises(DataError, match="at 8000 Hz"):
         task_of(*broken("whisper", "preprocessor_config.json", '{"sampling_rate": 8000}'))
     spec = tiny.slim(tiny.config("wav2vec2"), "none").spec
-    with pytest.raises(DataError, match="has the head 'none'; decoding needs"):
+    with pytest.raises(DataError, match="has the head 'none'; needed is"):
         task_of(spec, folders["whisper"])
 
 

@@ -53,7 +53,8 @@ class Loader:
 
     def select(self, longest: float, low: float | None, high: float | None, unknown: str = "drop_row") -> None:
         """Every row becomes a length (and labels) or an entry of `skipped`."""
-        texts, shortest = self.rows.column("text"), self.task.extractor.shortest
+        column, shortest = getattr(self.task, "column", "text"), self.task.extractor.shortest
+        texts = self.rows.column(column)
         for i, length in enumerate(self.durations()):
             if isinstance(length, DataError):
                 self.skip(i, str(length))
@@ -63,8 +64,8 @@ class Loader:
                 self.skip(i, f"{length * 1000:.0f} ms long, shorter than one frame ({shortest * 1000:.0f} ms)")
             elif length * self.stretch > longest + SLACK:
                 self.skip(i, f"{length:.2f} s long, over the largest bucket; drop such rows by max_seconds")
-            elif self.labels is not None and not (texts[i] or "").strip():
-                self.skip(i, "no text")
+            elif self.labels is not None and not str("" if texts[i] is None else texts[i]).strip():
+                self.skip(i, f"no {column}")
             else:
                 try:
                     if self.labels is not None:

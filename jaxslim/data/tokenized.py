@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxslim.data import classes
+from jaxslim.data.classes import AudioTask, Classes
 from jaxslim.data.extractor import KINDS, Extractor
 from jaxslim.data.extractor import read_json as _json
 from jaxslim.data.rows import DataError
@@ -123,7 +125,7 @@ class Seq2SeqTask:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TextTask:
+class TextTask(Classes):
     """Texts with one label each, for a text encoder's classification head; the tokenizer is transformers' own."""
 
     tokenizer: Any
@@ -138,12 +140,11 @@ class TextTask:
           DataError: there is no tokenizer, or none with a padding token.
         """
         config, tokenizer = _json(folder, "config.json") or {}, _tokenizer(folder, "a text model")
-        names = config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(config.get("num_labels", 2))}
         longest = config.get("max_position_embeddings", 512)
         if config.get("model_type") == "roberta":  # positions start behind that of padding
             longest -= config.get("pad_token_id", 1) + 1
         longest = min(longest, tokenizer.model_max_length)
-        return cls(tokenizer, {name: int(i) for i, name in names.items()}, min(max_length or longest, longest))
+        return cls(tokenizer, classes.read(config), min(max_length or longest, longest))
 
     @property
     def pad_id(self) -> int:
@@ -152,23 +153,6 @@ class TextTask:
     def encode(self, text: str) -> np.ndarray:
         """Text -> int32 ids (T,) with the special tokens, at most `max_length`."""
         return np.array(self.tokenizer(text, truncation=True, max_length=self.max_length)["input_ids"], np.int32)
-
-    def label(self, value: Any) -> int:
-        """Name or number of a class -> its number. Raises DataError for one that the model does not know."""
-        if value in self.labels:
-            return self.labels[value]
-        try:
-            number = int(value)
-        except (TypeError, ValueError):
-            number = -1
-        if number not in self.labels.values():
-            known = ", ".join(list(self.labels)[:10])
-            raise DataError("no label" if value in (None, "") else f"label {value!r} is none of {known}")
-        return number
-
-    def decode(self, number: int) -> str:
-        """Number of a class -> its name."""
-        return next(name for name, i in self.labels.items() if i == number)
 
 
 def task_of(spec: Spec, folder: str | os.PathLike, language: str | None = None) -> Any:
@@ -189,9 +173,11 @@ def task_of(spec: Spec, folder: str | os.PathLike, language: str | None = None) 
         task = PieceTask.from_pretrained(folder, spec.family, spec["pad_token_id"])
     elif spec.head == "ctc":
         task = CTCTask.from_pretrained(folder, spec.family, spec.get("target_lang"), spec["vocab_size"])
+    elif spec.head == "classification":
+        task = AudioTask.from_pretrained(folder, spec.family)
     else:
-        raise DataError(f"This {spec.family} model has the head {spec.head!r}; decoding needs 'ctc' or 'seq2seq', "
-                        "'causal', or 'classification' of a text encoder.")
+        raise DataError(f"This {spec.family} model has the head {spec.head!r}; needed is 'ctc', 'seq2seq', 'causal' or "
+                        "'classification'.")
     want = spec.get("feature_projection_input_dim") or spec.get("num_mel_bins") or 1
     if spec.family in KINDS and task.extractor.size != want:
         raise DataError(f"{folder}: its feature extractor makes {task.extractor.size} features a frame, the model "

@@ -108,7 +108,7 @@ class Slim:
         attention, layers = attention or defaults.get("attention", "auto"), layers or defaults.get("layers", "loop")
         return _forward(self.params, inputs, key, ids, spec=self.spec, hidden=output_hidden_states, taps=tuple(taps),
                         dtype=None if dtype is None else jnp.dtype(dtype).name, remat=remat, attention=attention,
-                        layers=layers)
+                        layers=layers, collect=defaults.get("collect"))
 
     def _adapter_ids(self, ids: Array | None) -> Array | None:
         slots, ids = self.spec.slots, self.active if ids is None else ids
@@ -196,8 +196,10 @@ class Slim:
         return hub.push(self, repo_id, **kwargs)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "hidden", "taps", "dtype", "remat", "attention", "layers"))
-def _forward(params, inputs, key, adapter_ids=None, *, spec, hidden, taps, dtype, remat, attention, layers):
+@functools.partial(jax.jit, static_argnames=("spec", "hidden", "taps", "dtype", "remat", "attention", "layers",
+                                              "collect"))
+def _forward(params, inputs, key, adapter_ids=None, *, spec, hidden, taps, dtype, remat, attention, layers,
+             collect=None):
     # One module-level jit: a call from Python costs about 2 ms instead of 150, and a caller's jit inlines it.
     from jaxslim.models import bind, gates
     from jaxslim.models.layers import Call
@@ -205,13 +207,15 @@ def _forward(params, inputs, key, adapter_ids=None, *, spec, hidden, taps, dtype
     if gates.shapes(spec):  # in fp32, before anything is cast
         bind.check(spec, params)
         state = gates.settle(spec, params) if key is None else gates.sample(spec, params, key)
-        params = gates.fold(spec, params, state)
+        plain, params = params, gates.fold(spec, params, state)
+        if collect is not None:
+            params = {k: v if v is plain.get(k) else collect(k, v) for k, v in params.items()}
     if dtype is not None:  # vectors (norms, biases) and decays keep their precision
         params = {k: v.astype(dtype) if v.ndim > 1 and jnp.issubdtype(v.dtype, jnp.floating)
                   and not k.endswith("A_log") else v
                   for k, v in params.items()}
     whole = adapter_ids is not None and adapter_ids.ndim == 2
-    call = Call(key, frozenset(taps), hidden, remat, attention, whole, layers)
+    call = Call(key, frozenset(taps), hidden, remat, attention, whole, layers, collect)
     out = bind.bind(spec, params, adapter_ids)(call, **inputs)
     for tap in taps:
         if tap not in (out.taps or {}):

@@ -334,6 +334,11 @@ def _joined(spec: Spec, group: Group, value: Mapping[str, Any], open: Mapping[st
 # ---- from gated to plain ----
 
 
+def reads(spec: Spec) -> frozenset[str]:
+    """Arrays into which `fold` multiplies gates."""
+    return frozenset(place.name for group in groups(spec) for place in group.reads) if shapes(spec) else frozenset()
+
+
 def fold(spec: Spec, params: Mapping[str, Any], state: Mapping[str, Gate]) -> dict[str, Any]:
     """Parameters of the model with its gates multiplied in: what `bind` takes, `<norm>.open` included."""
     out = {name: x for name, x in params.items() if name not in shapes(spec)}

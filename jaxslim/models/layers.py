@@ -7,6 +7,7 @@ Parameters are created as shapes; `bind.py` puts the arrays in. Norms, softmax a
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ class Call(NamedTuple):
     attention: str = "auto"      # auto | dense | blocked
     whole: bool = False          # never in chunks: adapter ids by frame
     layers: str = "loop"         # loop | scan
+    collect: Callable | None = None   # (name, weight made from others) -> whole on every device
 
     def on_cpu(self) -> bool:
         """Whether to run the programs made for the CPU; "dense" asks for the simple ones everywhere."""

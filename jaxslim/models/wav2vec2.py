@@ -140,6 +140,7 @@ class PositionalConv(nnx.Module):
             g, v = (p[...].astype(jnp.float32) for p in (self.conv.parametrizations.weight.original0,
                                                         self.conv.parametrizations.weight.original1))
             w = v * (g * jax.lax.rsqrt((v * v).sum((0, 1), keepdims=True)))
+            w = w if call.collect is None else call.collect("pos_conv_embed.conv.weight", w)
         left = self.kernel // 2
         y = L.grouped_conv1d(x, w, self.groups, (left, self.kernel - 1 - left), call)
         return self.act(y + self.conv().astype(y.dtype))

@@ -9,6 +9,7 @@ import functools
 import logging
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -133,22 +134,37 @@ def place(params: Mapping[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
     return {k: put(v, where[k]) for k, v in params.items()}
 
 
-def gather(params: Mapping[str, jax.Array], mesh: Mesh, dtype: str) -> dict[str, jax.Array]:
+def gather(params: Mapping[str, jax.Array], mesh: Mesh, dtype: str, later=()) -> dict[str, jax.Array]:
     """Parameters as a forward pass reads them, inside a trace: matrices in `dtype`, whole along fsdp.
 
     Left to itself the partitioner collects the activations of all devices wherever they are smaller than a weight.
     Here a weight is collected once a step, in `dtype`, and its gradient comes back split (a reduce-scatter).
+    Those in `later`, and what weight norm scales, stay split: the pass makes other weights of them, which `Collect`
+    collects.
     """
     if mesh.shape["fsdp"] == 1:
         return dict(params)
     out = dict(params)
     for name, split in sharding(params, mesh).items():
-        if "fsdp" in split.spec:
-            x = out[name]
-            x = x.astype(dtype) if x.ndim > 1 and jax.numpy.issubdtype(x.dtype, np.floating) else x
-            whole = NamedSharding(mesh, P(*(None if axis == "fsdp" else axis for axis in split.spec)))
-            out[name] = _whole(x, whole, split)
+        if "fsdp" in split.spec and name not in later and not name.endswith("original1"):
+            out[name] = _collected(out[name], split, dtype)
     return out
+
+
+class Collect(NamedTuple):
+    """`gather` of a weight that a forward pass makes from others, by gates or weight norm."""
+
+    mesh: Mesh
+    dtype: str
+
+    def __call__(self, name: str, x: jax.Array) -> jax.Array:
+        return _collected(x, sharding({name: x}, self.mesh)[name], self.dtype)
+
+
+def _collected(x: jax.Array, split: NamedSharding, dtype: str) -> jax.Array:
+    x = x.astype(dtype) if x.ndim > 1 and jax.numpy.issubdtype(x.dtype, np.floating) else x
+    whole = NamedSharding(split.mesh, P(*(None if axis == "fsdp" else axis for axis in split.spec)))
+    return _whole(x, whole, split)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -16,6 +16,7 @@ import optax
 import optax.contrib
 
 from jaxslim.config import Group, Train
+from jaxslim.models import gates
 from jaxslim.slim import Array, Method, Slim
 from jaxslim.spec import Spec
 from jaxslim.train import cached, random
@@ -129,9 +130,11 @@ def make(method: Method, spec: Spec, tx: optax.GradientTransformation, cfg: Trai
     # the plain programs on accelerators, also when compiling on a CPU for one that is not there
     plain = mesh.devices.flat[0].platform != "cpu"
     options = (("dtype", cfg.dtype), ("attention", "dense" if plain else "auto"), ("layers", cfg.layers))
+    options += (("collect", M.Collect(mesh, cfg.dtype)),) if mesh.shape["fsdp"] > 1 else ()
+    gated = gates.reads(spec)
 
     def terms(trained, frozen, teacher, batch, key, step):
-        everything = M.gather({**frozen, **trained}, mesh, cfg.dtype)
+        everything = M.gather({**frozen, **trained}, mesh, cfg.dtype, gated)
         own = (*options, ("remat", cfg.remat))
         key = jax.random.fold_in(key, 2)  # one key for both: a method may share its noise or fold it on
         targets = cached.targets(batch)   # without a teacher: what it said before, or nothing

@@ -1,7 +1,8 @@
-"""Compiles training steps for TPU pods that are not there and records what they need: docs/results/tpu_compile.json.
+"""Compiles training steps for TPU pods that are not there and records what they need: docs/results/tpu_compile.json
+and, as a table, tpu_compile.md.
 
     python scripts/tpu_compile.py [--only PATTERN]     # resumable: rows that are recorded are not compiled again
-    python scripts/tpu_compile.py --table              # the recorded rows as Markdown
+    python scripts/tpu_compile.py --table              # only the table, from what is recorded
 
 Takes libtpu (the `tpu` extra), no TPU, minutes a row on one core. Weights are shapes only. See docs/training.md.
 """
@@ -120,6 +121,16 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def write(rows: list[dict]) -> None:
+    order = matrix()
+    rows.sort(key=lambda r: next((i for i, m in enumerate(order) if same(r, m)), len(order)))
+    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+    RESULTS.with_suffix(".md").write_text(
+        "# Training steps compiled for TPU pods that were not there\n\nMade by `python scripts/tpu_compile.py` from "
+        "[tpu_compile.json](tpu_compile.json): bfloat16, rows of 30 s, remat full. The time is a bound made of peak "
+        "numbers, no measurement.\n\n" + table(rows) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="regular expression on 'model step topology mesh'")
@@ -131,7 +142,7 @@ def main() -> None:
         return
     recorded = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     if args.table:
-        print(table(recorded))
+        write(recorded)
         return
     for row in matrix():
         name = " ".join(row[k] for k in ("model", "step", "topology", "mesh"))
@@ -147,7 +158,7 @@ def main() -> None:
         found["command"] = f"python scripts/tpu_compile.py --only '{name}'"
         recorded = [r for r in recorded if not same(r, {k: row[k] for k in ("model", "step", "topology", "mesh")})]
         recorded.append(found)
-        RESULTS.write_text(json.dumps(recorded, indent=1) + "\n")
+        write(recorded)
         print("  " + json.dumps({k: found.get(k) for k in ("total_bytes", "collectives", "flops_ratio", "error",
                                                            "predicted_seconds", "compile_seconds")}), flush=True)
 

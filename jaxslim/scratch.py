@@ -89,7 +89,8 @@ def with_labels(model: str, folder, data: str, seed: int) -> str:
         return str(folder)
     if jax.process_index() == 0:
         old, source = hub.load(model), hub.folder(model)
-        names = sorted({str(x) for x in load_rows(data).column("label") if x not in (None, "")})
+        names = sorted({str(x) for x in load_rows(data).column("label") if x not in (None, "")},
+                       key=lambda x: (int(x) if x.isdecimal() else -1, x))   # numbers as numbers
         if len(names) < 2:
             raise ConfigError(f"labels: data: {data} has {len(names)} different values in the column `label`; at least "
                               "two are needed.")

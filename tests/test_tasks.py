@@ -11,7 +11,7 @@ import tiny_whisper as tw
 from conftest import write_data
 
 from jaxslim import cli, hub
-from jaxslim.data import Batches, DataError, load_rows, task_of
+from jaxslim.data import AudioTask, Batches, DataError, load_rows, task_of
 from jaxslim.evaluate import evaluate
 from jaxslim.train.log import wav_bytes
 from jaxslim.transcription import transcribe
@@ -173,6 +173,14 @@ def test_wrong_files_are_named(folders, tmp_path):
     spec = tiny.slim(tiny.config("wav2vec2"), "none").spec
     with pytest.raises(DataError, match="has the head 'none'; needed is"):
         task_of(spec, folders["whisper"])
+
+
+def test_labels_that_are_numbers():
+    task = AudioTask({"0": 0, "2": 1, "10": 2})
+    assert [task.label(x) for x in (0, "0", 2, 10, "10", 1)] == [0, 0, 1, 2, 2, 1]  # 1 is no name, so a class
+    assert task.targets([task.encode(10), ()], 1)["labels"].tolist() == [2, -100]
+    with pytest.raises(DataError, match="label 7 is none of 0, 2, 10"):
+        task.label(7)
 
 
 def test_text_classifiers(tmp_path):

@@ -27,8 +27,8 @@ class Classes:
 
     def label(self, value: Any) -> int:
         """Name or number of a class -> its number. Raises DataError for one that the model does not know."""
-        if value in self.labels:
-            return self.labels[value]
+        if str(value) in self.labels:  # a name that is a number comes first
+            return self.labels[str(value)]
         try:
             number = int(value)
         except (TypeError, ValueError):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from jaxslim.data import load_rows
 from jaxslim.data.language import write_tokenizer
 from jaxslim.data.tools import vocabulary
 from jaxslim.models import bind
+from jaxslim.models.roles import HEAD
 from jaxslim.slim import Slim
 from jaxslim.spec import Spec, nearest
 
@@ -28,7 +28,6 @@ MELS = ("wav2vec2-bert",)       # families that read log-mel features
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json",
              "merges.txt")
-HEAD = re.compile(r"^(lm_head|classifier|projector)\.")
 
 
 def create(config: Mapping[str, Any], folder, data: str, seed: int, vocabulary_of: str = "model") -> str:
@@ -70,10 +69,7 @@ def with_vocabulary(model: str, folder, data: str, seed: int) -> str:
         _copy(source, folder, PROCESSORS)
         config = dict(old.spec.config) | {"vocab_size": len(_vocabulary(folder)), "pad_token_id": 0,
                                           "bos_token_id": 1, "eos_token_id": 2}
-        spec = Spec(config, old.spec.family, "ctc", old.spec.blocks)
-        new = initial(spec, seed)
-        kept = {k: v for k, v in old.params.items() if k in new and np.shape(v) == new[k].shape and "lm_head" not in k}
-        _write(Slim(spec, new | kept), folder)
+        _write(_under(Spec(config, old.spec.family, "ctc", old.spec.blocks), old, seed), folder)
     _wait()
     return str(folder)
 
@@ -99,14 +95,18 @@ def with_labels(model: str, folder, data: str, seed: int) -> str:
         classes = {"id2label": {str(i): x for i, x in enumerate(names)},
                    "label2id": {x: i for i, x in enumerate(names)}}
         config = {k: v for k, v in old.spec.config.items() if k not in ("architectures", "num_labels")} | classes
-        spec = old.spec.replace(config=config, head="classification")
-        new = initial(spec, seed)
-        bare = {k.partition(".")[2]: k for k in new}    # an encoder without head has no prefix
-        inner = {k if k in new else bare.get(k): v for k, v in old.params.items()}
-        kept = {k: v for k, v in inner.items() if k in new and np.shape(v) == new[k].shape and not HEAD.match(k)}
-        _write(Slim(spec, new | kept), folder)
+        _write(_under(old.spec.replace(config=config, head="classification"), old, seed), folder)
     _wait()
     return str(folder)
+
+
+def _under(spec: Spec, old: Slim, seed: int) -> Slim:
+    """The encoder of `old` under the head of `spec`, which is new and random."""
+    new = initial(spec, seed)
+    bare = {k.partition(".")[2]: k for k in new}    # an encoder without head has no prefix
+    inner = {k if k in new else bare.get(k): v for k, v in old.params.items()}
+    kept = {k: v for k, v in inner.items() if k in new and np.shape(v) == new[k].shape and not HEAD.match(k)}
+    return Slim(spec, new | kept)
 
 
 def initial(spec: Spec, seed: int) -> dict[str, np.ndarray]:

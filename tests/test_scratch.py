@@ -1,10 +1,12 @@
 """New models: random weights for a config, a new head for a new vocabulary, and `jaxslim train` of both."""
 import json
 
+import conftest
 import numpy as np
 import pytest
 import remote
 import soundfile
+import tiny
 
 from jaxslim import hub, recipe, scratch
 from jaxslim.config import ConfigError
@@ -75,6 +77,16 @@ def test_a_new_vocabulary(small, tmp_path):
             np.testing.assert_array_equal(value, old.params[name])
     vocabulary = json.loads((tmp_path / "run" / "final" / "vocab.json").read_text())
     assert set("abcdef") <= set(vocabulary)
+
+
+def test_a_head_on_an_encoder_that_had_none(small, tmp_path):
+    """Its names have no prefix; all of its weights are kept."""
+    encoder = tiny.slim(head="none", **conftest.SHAPE)
+    hub.save(encoder, tmp_path / "encoder")
+    made = hub.load(scratch.with_vocabulary(str(tmp_path / "encoder"), tmp_path / "new", small["train"], 0))
+    assert made.params.keys() == {"lm_head.weight", "lm_head.bias", *(f"wav2vec2.{k}" for k in encoder.params)}
+    for name, value in encoder.params.items():
+        np.testing.assert_array_equal(made.params[f"wav2vec2.{name}"], value)
 
 
 def test_a_classifier_of_clips(small, tmp_path, capsys):

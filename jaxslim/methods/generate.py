@@ -36,7 +36,6 @@ from jaxslim.spec import GENERATORS, Spec, SpecError
 from jaxslim.train import losses
 
 LINEAR = "aux.distill."   # + number of the target: a linear that only training has
-HEAD = re.compile(r"^(lm_head|classifier|projector)\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,9 +200,8 @@ class Generate(Method):
 
     def group(self, name: str) -> str:
         read = self.task_weight or self.logit_weight
-        if stored_statistic(name) or any(re.search(p, name) for p in self.freeze) or HEAD.match(name) and not read:
-            return "frozen"
-        return "main"
+        frozen = stored_statistic(name) or any(re.search(p, name) for p in self.freeze)
+        return "frozen" if frozen or roles.HEAD.match(name) and not read else "main"
 
     def cacheable(self) -> bool:
         return True

@@ -6,6 +6,7 @@ reports and errors speak of blocks; parameters carry Hugging Face names.
 """
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from jaxslim.spec import Spec
@@ -27,6 +28,7 @@ QKVO = {"owner": "attention", "q": "attention.q_proj", "k": "attention.k_proj", 
         "o": "attention.out_proj", "norm": "layer_norm"}
 FFN = {"owner": "feed_forward", "up": "feed_forward.intermediate_dense", "down": "feed_forward.output_dense",
        "norm": "final_layer_norm", "bottleneck": "adapter_layer"}
+HEAD = re.compile(r"^(lm_head|classifier|projector)\.")   # arrays of a head on a wav2vec2-like or text encoder
 HEADS = {"ctc": "lm_head", "classification": "classifier", "frames": "classifier", "xvector": "classifier"}
 REST = {"projection": "feature_projection", "positional": "encoder.pos_conv_embed", "adapter": "adapter"}
 SPEECH = Family("wav2vec2", {"encoder": "encoder.layers.{}"}, {"attention": QKVO, "ffn": FFN},

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import jax
 import numpy as np
-from etils import epath
 
 from jaxslim.data import DataError, TextBatches, TextTask
 from jaxslim.decode import Greedy
@@ -60,9 +57,7 @@ def classify(model, rows, task, batch_size: int = 8, dtype=None, max_skipped: fl
          "text": task.decode(label), "pred_text": task.decode(found[i]), "errors": int(found[i] != label), "words": 1}
         for i, label in known.items()]
     if predictions is not None and jax.process_index() == 0:
-        path = epath.Path(predictions)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result.utterances))
+        result.write(predictions)
     return result
 
 

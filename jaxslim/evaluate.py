@@ -13,7 +13,6 @@ which: "masked", "exact" or "zeros".
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +20,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
 from jaxslim.data import Batches, CausalTask, Classes, DataError, Rows, load_rows, suggest_buckets, task_of
 from jaxslim.decode import Greedy, decoder, long_enough, single
@@ -202,9 +200,7 @@ def evaluate(model: Slim | str, data: str | Rows, *, task: Any = None, source: s
          **_more(rows, i), **counts}
         for i, counts in zip(scored, result.utterances)]  # fmt: skip
     if predictions is not None and jax.process_index() == 0:
-        path = epath.Path(predictions)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result.utterances))
+        result.write(predictions)
     return result
 
 

@@ -76,9 +76,7 @@ def bits(model: Slim, rows, task, batch_size: int = 8, dtype=None, max_skipped: 
     result.utterances = [{"id": ids[i], "text": texts[i], "bits": round(float(b), 4), "characters": int(n)}
                          for i, b, n in zip(used, bits_, characters)]
     if predictions is not None and jax.process_index() == 0:
-        path = epath.Path(predictions)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result.utterances))
+        result.write(predictions)
     return result
 
 

@@ -322,8 +322,8 @@ def training_batches(data: str, task, cfg: Train, mesh, labelled: bool = True) -
             rows = load_rows(data)
             if cfg.join_seconds:
                 rows = joined(rows, cfg.join_seconds, cfg.seed)
-            column = rows.column(getattr(task, "column", "text"))
-            batches = Batches(rows, task, labels=labels or all(x not in (None, "") for x in column), **common)
+            known = all(x not in (None, "") for x in rows.column(task.column))
+            batches = Batches(rows, task, labels=labels or known, **common)
     log.info(batches.summary)
     return batches
 

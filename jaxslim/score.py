@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import re
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 RESAMPLES = 10_000
 
@@ -45,6 +48,12 @@ class Result(dict):
 
     utterances: list[dict[str, Any]]
     skipped_rows: list[tuple[str, str]]
+
+    def write(self, path: str | os.PathLike) -> None:
+        """`utterances` as JSONL."""
+        path = epath.Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.utterances))
 
 
 def score(references: Sequence[str], hypotheses: Sequence[str], normalize: str = "none", seed: int = 0) -> Result:

@@ -16,7 +16,6 @@ import argparse
 import json
 import logging
 import pathlib
-import resource
 import statistics
 import tempfile
 
@@ -28,7 +27,7 @@ from jaxslim import adapter_files, config, hub, recipe, scratch
 from jaxslim.data import load_rows, task_of
 from jaxslim.evaluate import evaluate
 from jaxslim.models.roles import FAMILIES
-from jaxslim.speed_worker import _cpu, _versions, cpu_numbers
+from jaxslim.speed_worker import _cpu, _rss, _versions, cpu_numbers
 
 KEYS = ("wer", "wer_low", "wer_high", "cer", "accuracy", "accuracy_low", "accuracy_high", "n", "fingerprint")
 CLIPS = {"train": 80, "test": 40}   # of a language; there are no more in Spanish
@@ -38,11 +37,15 @@ def languages(folder: pathlib.Path, base: str) -> list[str]:
     """Overrides for the task of two languages; its data and its base are made if they are not there."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, count in CLIPS.items():
-        rows = [{"id": r["id"], "audio": r["audio"], "label": r["language"]} for language in ("en", "es")
-                for source in [load_rows(f"bundled:prompts-{language}/{split}")]
-                for i in np.random.default_rng(0).permutation(len(source))[:count] for r in [source.record(int(i))]]
-        if not (folder / f"{split}.parquet").exists():
-            pa.parquet.write_table(pa.Table.from_pylist(rows), folder / f"{split}.parquet")
+        if (folder / f"{split}.parquet").exists():
+            continue
+        rows = []
+        for language in ("en", "es"):
+            source = load_rows(f"bundled:prompts-{language}/{split}")
+            for i in np.random.default_rng(0).permutation(len(source))[:count]:
+                record = source.record(int(i))
+                rows.append({"id": record["id"], "audio": record["audio"], "label": language})
+        pa.parquet.write_table(pa.Table.from_pylist(rows), folder / f"{split}.parquet")
     train = str(folder / "train.parquet")
     return [f"teacher={scratch.with_labels(base, folder / 'base', train, 0)}", f"data.train={train}",
             f"data.test={folder / 'test.parquet'}", "data.validation=null"]
@@ -89,7 +92,7 @@ def main() -> None:
            "steps": times[-1][1], "device": _cpu(), "threads": len(cpu_numbers()), "versions": _versions("jax", "flax"),
            "step_seconds": statistics.median((b - a) / (j - i) for (a, i), (b, j) in zip(times, times[1:]))}
     if trained_now:
-        row["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        row["peak_bytes"] = _rss(peak=True)
     if args.full:
         best = json.loads(pathlib.Path(args.full, "summary.json").read_text())["student"]
         measure = "wer" if "wer" in row else "accuracy"

@@ -53,8 +53,7 @@ class Loader:
 
     def select(self, longest: float, low: float | None, high: float | None, unknown: str = "drop_row") -> None:
         """Every row becomes a length (and labels) or an entry of `skipped`."""
-        column, shortest = getattr(self.task, "column", "text"), self.task.extractor.shortest
-        texts = self.rows.column(column)
+        texts, shortest = self.rows.column(self.task.column), self.task.extractor.shortest
         for i, length in enumerate(self.durations()):
             if isinstance(length, DataError):
                 self.skip(i, str(length))
@@ -65,7 +64,7 @@ class Loader:
             elif length * self.stretch > longest + SLACK:
                 self.skip(i, f"{length:.2f} s long, over the largest bucket; drop such rows by max_seconds")
             elif self.labels is not None and not str("" if texts[i] is None else texts[i]).strip():
-                self.skip(i, f"no {column}")
+                self.skip(i, f"no {self.task.column}")
             else:
                 try:
                     if self.labels is not None:

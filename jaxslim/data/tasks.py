@@ -43,6 +43,7 @@ class CTCTask:
     replace_word_delimiter: str = " "
     do_lower_case: bool = False  # as in transformers: upper case in, lower case out
     extractor: Extractor = Extractor()
+    column = "text"  # of the data, which `encode` reads
 
     def __post_init__(self):
         ids = list(self.vocabulary.values())

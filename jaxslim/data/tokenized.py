@@ -53,6 +53,7 @@ class PieceTask:
         return cls(tokenizer, blank_id, unknown, Extractor.from_pretrained(folder, family))
 
     sampling_rate, targets, transcript = CTCTask.sampling_rate, CTCTask.targets, CTCTask.transcript
+    column = CTCTask.column
 
     def encode(self, text: str) -> np.ndarray:
         """Text -> int32 ids (N,). Raises VocabularyError for a text that the tokenizer has no pieces for."""
@@ -102,7 +103,7 @@ class Seq2SeqTask:
         return cls(tokenizer, {**generation_config(folder), **chosen}, longest,
                    Extractor.from_pretrained(folder, family))
 
-    sampling_rate = CTCTask.sampling_rate
+    sampling_rate, column = CTCTask.sampling_rate, CTCTask.column
 
     def encode(self, text: str) -> np.ndarray:
         """Text -> int32 ids (N,): start tokens, text, end. Raises DataError for a text that the decoder cannot hold."""
